@@ -1,0 +1,1101 @@
+"""Train a small language model in ten minutes, store it in 16 MB, score it in bits per byte - validly.
+
+    torchrun --standalone --nproc_per_node=8 train_gpt.py     # the record setting: 8xH100, 600 s, FineWeb
+    torchrun --standalone --nproc_per_node=1 train_gpt.py     # one GPU: same batch and schedule, fewer steps
+    ARTIFACT=logs/RUN_ID/artifact.bin torchrun --standalone --nproc_per_node=8 train_gpt.py         # evaluate only
+    make demo                                                 # two CPU cores or one GPU, no data to download
+
+Settings are environment variables, all listed in Config. A run writes to logs/RUN_ID/: train.log, metrics.jsonl,
+train_gpt.py as it ran, artifact.bin, submission.json. The file reads in the order data flows: settings, distributed
+context, data, model, optimiser, schedule, training, averaging, artifact, evaluation, main. Model and recipe are those
+of openai/parameter-golf PR #264; where this script departs from that one, it says why.
+
+Shapes: B sequences, T positions, D model_dim, H query heads, K key/value heads, E head_dim, V vocabulary,
+        L sequence length, S stride of the scoring windows, C targets in a chunk, N targets in all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import sentencepiece as spm
+import torch
+import torch.distributed
+import torch.nn.functional as F
+import torch.utils.benchmark
+import zstandard
+from torch import Tensor, nn
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings: one field per environment variable of the same name in capitals. Values are parsed strictly and checked
+# together at the start: a typo that silently trained the default model would cost eight GPUs for twenty minutes.
+
+class UserError(Exception):
+    """A problem the person who launched the run can fix: one line naming the thing, its value and the remedy."""
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run. Build it with Config.from_env(os.environ); Config() is the record configuration."""
+
+    # Data and run
+    data_path: str = "data/datasets/fineweb10B_sp1024"  # folder of fineweb_train_*.bin and fineweb_val_*.bin
+    tokenizer_path: str = "data/tokenizers/fineweb_1024_bpe.model"  # SentencePiece model the shards were made with
+    run_id: str = ""  # name of the folder under logs/, overwritten if it is there; empty: start time and seed
+    seed: int = 1337  # of the initial weights; the order of the data is fixed
+    # Model (the defaults have 26,666,073 parameters)
+    vocab_size: int = 1024
+    num_layers: int = 11
+    model_dim: int = 512
+    num_heads: int = 8
+    num_kv_heads: int = 4
+    mlp_mult: float = 3.0  # hidden width of the MLP over model_dim
+    bigram_vocab_size: int = 2048  # rows of the bigram table
+    bigram_dim: int = 64
+    qk_gain_init: float = 1.5  # initial gain of the normalised queries, one per head
+    logit_softcap: float = 30.0
+    rope_base: float = 10000.0
+    # Training
+    train_seq_len: int = 2048  # also the length of the scoring windows
+    train_batch_tokens: int = 786_432  # tokens a step, over all ranks and micro-batches
+    iterations: int = 20_000  # steps at most
+    max_wallclock_seconds: float = 600.0  # training time at most; 0: only ITERATIONS decides
+    warmup_steps: int = 20  # compile and tune kernels, then restore; not part of training time
+    warmdown_iters: int = 3000  # steps over which the learning rate falls to zero, 58 % of the budget at most
+    val_loss_every: int = 1000  # steps between validations (not part of training time); 0: only at the end
+    val_batch_size: int = 524_288  # tokens a batch in those validations, over all ranks
+    train_log_every: int = 50  # steps between log lines
+    # Optimiser
+    matrix_lr: float = 0.02  # Muon: matrices of the blocks, bigram projection
+    scalar_lr: float = 0.02  # AdamW: mixes, skip weights, gains, gates, scales
+    tied_embed_lr: float = 0.03  # AdamW: token and bigram tables
+    muon_momentum: float = 0.99
+    muon_momentum_warmup_start: float = 0.92
+    muon_momentum_warmup_steps: int = 1500  # 29 % of the budget at most
+    muon_backend_steps: int = 5  # Newton-Schulz iterations
+    weight_decay: float = 0.04  # decoupled, on every parameter
+    grad_clip_norm: float = 0.3  # of the whole gradient; 0: off
+    # Averaging
+    swa_enabled: bool = True
+    swa_start_frac: float = 0.5  # average while the learning rate is under this share of its maximum
+    swa_every: int = 50  # steps between the averaged snapshots
+    # Artifact
+    embed_bits: int = 6  # token and bigram tables: 6, 8, or 16 for fp16
+    max_artifact_bytes: int = 16_000_000  # artifact + script must stay under it
+    # Evaluation
+    artifact: str = ""  # evaluate this file instead of training
+    eval_stride: int = 64  # S: targets scored by each window but the first
+    eval_batch_seqs: int = 32  # windows in a batch, on each rank
+    max_val_tokens: int = 0  # score only this many targets from the start, rounded down to whole sequences; 0: all
+    val_nll_path: str = ""  # write the nats of each target of the submitted pass here (float32 .npy)
+    eval_plain: bool = False  # a second pass without adaptation, as a diagnostic
+    eval_max_seconds: float = 600.0  # adaptation stops for good when the rest would not fit; 0: no limit
+    ttt_enabled: bool = True
+    ttt_lr: float = 0.002  # of the first chunk; cosine to zero over the chunks
+    ttt_momentum: float = 0.9
+    ttt_epochs: int = 3  # SGD steps on each chunk after it is scored
+    ttt_chunk_tokens: int = 32_768  # C
+    ttt_grad_clip: float = 1.0  # 0: off
+    ttt_max_chunks: int = -1  # chunks adapted on, to replay a run that stopped adapting; -1: all
+    # Machine ("auto" and 0 are settled at start-up and logged)
+    device: str = "auto"  # cuda or cpu
+    compute_dtype: str = "auto"  # bfloat16 or float32: products and residual stream
+    compile: str = "auto"  # 1 or 0: torch.compile
+    micro_batch_tokens: int = 0  # tokens a rank processes at once
+    deterministic: bool = False  # the same bits on each CUDA run, slower; CPU runs always are
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> Config:
+        """Reads and checks every setting; raises UserError with all problems in one line."""
+        fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
+        values, problems = {}, []
+        for name, text in env.items():
+            if name in fields:
+                accepted, parse = PARSERS[type(fields[name].default)]
+                try:
+                    values[name.lower()] = parse(text)
+                except (ValueError, KeyError):
+                    problems.append(f"{name}={text!r}: must be {accepted}")
+            elif near := next((known for known in fields if within_two_edits(name, known)), None):
+                problems.append(f"{name}={text!r} is no setting, did you mean {near}? If another program's, unset it")
+        config = cls(**values)
+        if problems := problems + config.problems():
+            raise UserError("; ".join(problems))
+        return config
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, each as 'NAME=value: rule'; nothing if they can be run."""
+        rules = [(name, 0 < value < math.inf, "must be positive") if name in MUST_BE_POSITIVE else
+                 (name, (-1 if name == "ttt_max_chunks" else 0) <= value < math.inf, "must not be negative")
+                 for name, value in vars(self).items() if isinstance(value, (int, float))]
+        length, of_length = self.train_seq_len, f"must be a multiple of TRAIN_SEQ_LEN={self.train_seq_len}"
+        if all(holds for _, holds, _ in rules):  # the rest divides by these
+            rules += [
+                ("vocab_size", self.vocab_size <= 65536, "must be at most 65536, shards hold uint16 tokens"),
+                ("model_dim", self.model_dim % (2 * self.num_heads) == 0, "must be an even multiple of NUM_HEADS"),
+                ("num_heads", self.num_heads % self.num_kv_heads == 0, "must be a multiple of NUM_KV_HEADS"),
+                ("mlp_mult", self.mlp_mult * self.model_dim >= 1, "leaves the MLP without hidden units"),
+                ("bigram_vocab_size", self.bigram_vocab_size >= 2, "must be at least 2"),
+                ("embed_bits", self.embed_bits in (6, 8, 16), "must be 6, 8 or 16"),
+                ("train_batch_tokens", self.train_batch_tokens % length == 0, of_length),
+                ("micro_batch_tokens", self.micro_batch_tokens % length == 0, of_length),
+                ("ttt_chunk_tokens", self.ttt_chunk_tokens % length == 0, of_length),
+                ("eval_stride", length % self.eval_stride == 0, f"must divide TRAIN_SEQ_LEN={length}"),
+                ("max_val_tokens", not 0 < self.max_val_tokens < length, f"must be 0 or at least {length}, a sequence"),
+                ("muon_momentum", self.muon_momentum < 1, "must be below 1"),
+                ("ttt_momentum", self.ttt_momentum < 1, "must be below 1"),
+                ("device", self.device in ("auto", "cuda", "cpu"), "must be auto, cuda or cpu"),
+                ("compute_dtype", self.compute_dtype in ("auto", *DTYPES), "must be auto, bfloat16 or float32"),
+                ("compile", self.compile in ("auto", "0", "1"), "must be auto, 0 or 1"),
+                ("run_id", re.fullmatch(r"[\w.+-]*", self.run_id), "may hold letters, digits and . _ + - only"),
+            ]
+        return [f"{name.upper()}={getattr(self, name)}: {rule}" for name, holds, rule in rules if not holds]
+
+    @property
+    def seqs_per_step(self) -> int:
+        return self.train_batch_tokens // self.train_seq_len
+
+PARSERS = {str: ("text", str), int: ("a whole number", int), float: ("a number", float),
+           bool: ("0 or 1", {"0": False, "1": True}.__getitem__)}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+MUST_BE_POSITIVE = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult bigram_dim logit_softcap rope_base
+    train_seq_len train_batch_tokens iterations val_batch_size train_log_every muon_backend_steps swa_every
+    max_artifact_bytes eval_stride eval_batch_seqs ttt_chunk_tokens""".split()
+
+def within_two_edits(a: str, b: str) -> bool:
+    """Whether at most two insertions, deletions or substitutions turn a into b (Levenshtein distance)."""
+    row = range(len(b) + 1)  # row[j]: edits from what is seen of a to b[:j]
+    for i, x in enumerate(a, 1):
+        previous, row = row, [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (x != y)))
+    return row[-1] <= 2
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Distributed context and log: the only code that knows of ranks. Every method does the right thing at world size 1, so
+# one path is written and tested. All ranks always hold the same weights; they share work, gradients and rank 0's clock.
+
+class Dist:
+    """The ranks of a run: who we are, our device, and the few collectives the run needs."""
+
+    def __init__(self, device: str = "cpu", env: Mapping[str, str] = {}):
+        names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))  # torchrun's
+        self.rank, self.world_size, local_rank, local_size = (int(env.get(name, default)) for name, default in names)
+        self.is_master, on_gpu = self.rank == 0, device == "cuda" or device == "auto" and torch.cuda.is_available()
+        if on_gpu and local_rank >= (gpus := torch.cuda.device_count()):
+            raise UserError(f"{local_size} processes for {gpus} GPUs: set --nproc_per_node to match, or DEVICE=cpu")
+        self.device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+        if on_gpu:
+            torch.cuda.set_device(self.device)
+        else:  # torchrun sets OMP_NUM_THREADS=1, which would leave cores idle
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        if self.world_size > 1:  # gloo beside nccl: what hosts decide travels between hosts, past the GPUs
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+
+    def mine(self, items):
+        """This rank's share of a sequence or array: every world_size-th item."""
+        return items[self.rank :: self.world_size]
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Adds the tensor up over all ranks, in place."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def from_master(self, value):
+        """Rank 0's value, on every rank: decisions made from it are the same everywhere."""
+        box = [value]
+        if self.world_size > 1:
+            torch.distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def now(self) -> float:
+        """Rank 0's clock in seconds, read once the device has finished its work: all ranks see the same time."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return self.from_master(time.perf_counter())
+
+    def close(self) -> None:
+        if self.world_size > 1:
+            torch.distributed.destroy_process_group()
+
+    def weight_digests(self, model: nn.Module) -> str:
+        """The start of the SHA-256 of the exact weights, for each rank; raises RuntimeError unless all are equal."""
+        digest = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())).hexdigest()
+        digests = [digest[:16]] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(digests, digest[:16])
+        if len(set(digests)) > 1:
+            raise RuntimeError(f"the ranks hold different weights: {digests}")
+        return " ".join(digests)
+
+class Log:
+    """Lines for people (console, train.log) and records for programs (metrics.jsonl); without a folder, nothing."""
+
+    def __init__(self, folder: Path | None):
+        self.folder, self.start = folder, time.perf_counter()
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.text, self.records = (open(folder / name, "w", buffering=1) for name in ("train.log", "metrics.jsonl"))
+
+    def __call__(self, line: str = "", *, console: bool = True, **record) -> None:
+        if self.folder and line:
+            print(line, file=self.text)
+            if console:
+                print(line, flush=True)
+        if self.folder and record:
+            print(json.dumps({**record, "since_start_s": time.perf_counter() - self.start}), file=self.records)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: shards are a 1024-byte header (256 little-endian int32: magic, version, token count, zeros) and uint16 tokens.
+# They are memory-mapped, never read whole. Which tokens a step trains on is arithmetic on the step number: the global
+# batch does not depend on the world size, and there is no position to save. Sequences cross document boundaries, as in
+# the challenge's baseline.
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
+GET_DATA = "make shards with 'python data/build_dataset.py', or set DATA_PATH and TOKENIZER_PATH to yours"
+
+def open_shard(path: Path, vocab_size: int) -> np.ndarray:
+    """Memory-maps a shard's tokens (uint16 [tokens]) after checking header, length and the first 16 M token ids."""
+    header, size = np.fromfile(path, "<i4", SHARD_HEADER_INTS), path.stat().st_size
+    whole = len(header) == SHARD_HEADER_INTS and header[2] > 0 and size == header.nbytes + 2 * int(header[2])
+    if not whole or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise UserError(f"{path}: {size} bytes, header {header[:3].tolist()}: not a whole shard (magic {SHARD_MAGIC}, "
+                        f"version {SHARD_VERSION}, tokens = (bytes - 1024) / 2); delete it and {GET_DATA}")
+    tokens = np.memmap(path, "<u2", "r", header.nbytes)
+    check_ids(tokens[: 1 << 24], vocab_size, path)
+    return tokens
+
+def check_ids(tokens: np.ndarray, vocab_size: int, source: Path) -> None:
+    if (highest := int(tokens.max())) >= vocab_size:
+        raise UserError(f"{source}: token id {highest} is beyond VOCAB_SIZE={vocab_size}: use the shards' own value")
+
+class TokenStream:
+    """The tokens of all shards of a split ("train" or "val"), in name order, as one sequence without end."""
+
+    def __init__(self, config: Config, split: str):
+        self.config, self.folder = config, Path(config.data_path)
+        self.shards = [open_shard(p, config.vocab_size) for p in sorted(self.folder.glob(f"fineweb_{split}_*.bin"))]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.num_tokens = sum(map(len, self.shards))
+        if self.num_tokens <= config.train_seq_len:
+            raise UserError(f"DATA_PATH={self.folder}: {len(self.shards)} files fineweb_{split}_*.bin, {self.num_tokens} "
+                            f"tokens, less than a sequence of {config.train_seq_len}: {GET_DATA}")
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count) as uint16, starting over after the last one."""
+        parts = []
+        while count > 0:
+            position = start % self.num_tokens
+            index = int(np.searchsorted(self.ends, position, side="right"))
+            parts.append(self.shards[index][position - self.ends[index] :][:count])  # offset from the shard's end
+            start, count = start + len(parts[-1]), count - len(parts[-1])
+        tokens = np.concatenate(parts)
+        check_ids(tokens, self.config.vocab_size, self.folder)
+        return tokens
+
+    def micro_batches(self, step: int, dist: Dist) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's share of the step's global batch: inputs and targets, int64 [micro_batch_tokens / L, L] each.
+
+        Sequence q covers tokens [qL, qL + L]; step s holds sequences [s n, (s + 1) n), n = seqs_per_step, dealt to the
+        ranks in blocks.
+        """
+        length, per_rank = self.config.train_seq_len, self.config.seqs_per_step // dist.world_size
+        first = step * self.config.seqs_per_step + dist.rank * per_rank
+        for sequence in range(first, first + per_rank, self.config.micro_batch_tokens // length):
+            tokens = self.read(sequence * length, self.config.micro_batch_tokens + 1)
+            tokens = torch.from_numpy(tokens.astype(np.int64)).to(dist.device)
+            yield tokens[:-1].view(-1, length), tokens[1:].view(-1, length)
+
+class TokenBytes:
+    """Bytes of text that each token stands for, so that the score does not depend on the tokenizer."""
+
+    def __init__(self, tokenizer: spm.SentencePieceProcessor):
+        ids = range(tokenizer.vocab_size())
+        pieces = [tokenizer.id_to_piece(i) for i in ids]
+        lengths = [len(piece.removeprefix("▁").replace("▁", " ").encode()) for piece in pieces]
+        is_byte = [tokenizer.is_byte(i) for i in ids]
+        is_control = (tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused)
+        self.control = np.array([any(test(i) for test in is_control) for i in ids])
+        self.leading_space = np.array([piece.startswith("▁") for piece in pieces])
+        self.base = np.where(self.control, 0, np.where(is_byte, 1, lengths))
+
+    def count(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes of the targets tokens[1:], each given the token before it: int [N + 1] -> int64 [N].
+
+        A piece counts its UTF-8 bytes; a leading U+2581 is one space, unless a control token (a document's start) comes
+        before it, where decoding drops it; a byte token is one byte, a control token none. The sum is the length of the
+        decoded text, that is of the text after the tokenizer's own normalisation.
+        """
+        previous, target = tokens[:-1], tokens[1:]
+        return self.base[target] + (self.leading_space[target] & ~self.control[previous])
+
+def load_tokenizer(config: Config) -> spm.SentencePieceProcessor:
+    """The SentencePiece model of the shards; raises UserError if it is missing, damaged or of another size."""
+    try:
+        tokenizer = spm.SentencePieceProcessor(model_proto=Path(config.tokenizer_path).read_bytes())
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"TOKENIZER_PATH={config.tokenizer_path}: no SentencePiece model there: {GET_DATA}") from error
+    if (size := tokenizer.vocab_size()) != config.vocab_size:
+        raise UserError(f"TOKENIZER_PATH={config.tokenizer_path} has {size} tokens, VOCAB_SIZE={config.vocab_size}: use "
+                        "those that belong to the shards")
+    return tokenizer
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model: pre-norm transformer with weightless RMSNorm and no biases. Master weights are fp32; each matrix is cast where
+# it is used, so products and residual stream run in compute_dtype while optimiser and averaging see full precision.
+
+def rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),))
+
+class Linear(nn.Linear):
+    """y = x W^T with the fp32 master weight cast to the input's dtype."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+class BigramHash(nn.Module):
+    """What the last two tokens say together: a hashed table of bigrams, projected to the model's width (PR #264).
+
+    Table and projection must not both start at zero, or neither would ever receive a gradient.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.buckets = config.bigram_vocab_size - 1  # the last row is for position 0, which has no bigram
+        self.embed = nn.Embedding(config.bigram_vocab_size, config.bigram_dim)
+        self.proj = Linear(config.bigram_dim, config.model_dim)
+        self.scale = nn.Parameter(torch.tensor(0.05))
+
+    def hash(self, tokens: Tensor) -> Tensor:
+        """Row of the table for each position: int64 [B, T] -> int64 [B, T]."""
+        bucket = torch.bitwise_xor(36313 * tokens[:, 1:], 27191 * tokens[:, :-1]) % self.buckets
+        return F.pad(bucket, (1, 0), value=self.buckets)
+
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.proj(self.embed(self.hash(tokens)).to(dtype)) * self.scale.to(dtype)
+
+class SmearGate(nn.Module):
+    """Blends each position with the one before it, by a learned share per dimension (modded-nanogpt; PR #264)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(dim))  # sigmoid(0): half and half
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.gate).to(x.dtype)
+        return (1 - gate) * x + gate * F.pad(x, (0, 0, 1, -1))  # (B, T, D), zeros before position 0
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (arXiv:2305.13245), q and k normalised, RoPE (arXiv:2104.09864), query gain."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.heads, self.kv_heads, dim = config.num_heads, config.num_kv_heads, config.model_dim
+        self.c_q, self.proj = Linear(dim, dim), Linear(dim, dim)
+        self.c_k, self.c_v = (Linear(dim, dim // self.heads * self.kv_heads) for _ in "kv")
+        self.q_gain = nn.Parameter(torch.full((self.heads, 1), config.qk_gain_init))
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        B, T, D = x.shape
+        q = rotate(rms_norm(self.c_q(x).view(B, T, self.heads, -1)), rope) * self.q_gain.to(x.dtype)  # (B, T, H, E)
+        k = rotate(rms_norm(self.c_k(x).view(B, T, self.kv_heads, -1)), rope)  # (B, T, K, E)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, self.c_v(x).view(B, T, self.kv_heads, -1)))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, H, T, E), scale 1/sqrt(E)
+        return self.proj(y.transpose(1, 2).reshape(B, T, D))
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding of x (B, T, heads, E): dimension i pairs with i + E/2. rope: cos and sin, each (L, 1, E/2)."""
+    cos, sin = (table[: x.size(1)].to(x.dtype) for table in rope)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+class MLP(nn.Module):
+    """proj(relu(fc(x))^2): squared ReLU (Primer, arXiv:2109.08668)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        hidden = int(config.mlp_mult * config.model_dim)
+        self.fc, self.proj = Linear(config.model_dim, hidden), Linear(hidden, config.model_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(F.relu(self.fc(x)).square())
+
+class Block(nn.Module):
+    """Mixes the residual stream x with the embedding x0, then adds attention and MLP, each scaled per dimension."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        ones = torch.ones(config.model_dim)
+        self.attn, self.mlp = Attention(config), MLP(config)
+        self.attn_scale, self.mlp_scale = nn.Parameter(ones.clone()), nn.Parameter(ones.clone())
+        self.resid_mix = nn.Parameter(torch.stack((ones, 0 * ones)))  # shares of x and of x0
+
+    def forward(self, x: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        mix = self.resid_mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0  # (B, T, D)
+        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x), rope)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x))
+
+class GPT(nn.Module):
+    """The language model: model(tokens [B, T] int64) -> logits [B, T, V] fp32, soft-capped; T <= train_seq_len.
+
+    U-Net skips join the first half of the blocks to the second in reverse order. Input and output embedding are tied.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, self.dtype = config, DTYPES.get(config.compute_dtype, torch.float32)
+        self.tok_emb = nn.Embedding(config.vocab_size, config.model_dim)
+        self.bigram, self.smear = BigramHash(config), SmearGate(config.model_dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.skip_weights = nn.Parameter(torch.ones(config.num_layers // 2, config.model_dim))
+        half = config.model_dim // config.num_heads // 2
+        frequency = config.rope_base ** (-torch.arange(half, dtype=torch.float32) / half)
+        angle = torch.outer(torch.arange(config.train_seq_len, dtype=torch.float32), frequency)[:, None]  # (L, 1, E/2)
+        self.register_buffer("rope_cos", angle.cos(), persistent=False)
+        self.register_buffer("rope_sin", angle.sin(), persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Orthogonal matrices (arXiv:1312.6120), zero output projections, small embeddings; the rest as declared above.
+
+        PR #264 meant to scale output projections by 1/sqrt(2 * layers), but those start at zero, so of all matrices the
+        factor only ever reached the bigram projection. It stays there, and only there, at any size.
+        """
+        nn.init.normal_(self.tok_emb.weight, std=0.005)
+        nn.init.zeros_(self.bigram.embed.weight)
+        nn.init.orthogonal_(self.bigram.proj.weight, gain=1 / math.sqrt(2 * self.config.num_layers))
+        for block in self.blocks:
+            for matrix in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.fc):
+                nn.init.orthogonal_(matrix.weight)
+            for matrix in (block.attn.proj, block.mlp.proj):
+                nn.init.zeros_(matrix.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = rms_norm(self.tok_emb(tokens).to(self.dtype) + self.bigram(tokens, self.dtype))  # (B, T, D)
+        x = x0 = self.smear(x)
+        skips, num_skips = [], len(self.skip_weights)
+        for index, block in enumerate(self.blocks):
+            if index >= num_skips and skips:
+                x = x + self.skip_weights[index - num_skips].to(x.dtype) * skips.pop()
+            x = block(x, x0, (self.rope_cos, self.rope_sin))
+            if index < num_skips:
+                skips.append(x)
+        logits = F.linear(rms_norm(x), self.tok_emb.weight.to(x.dtype)).float()  # fp32 from the product on
+        return self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+
+def token_nll(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Nats of each target: int64 [B, T] twice -> fp32 [B, T]. Training, validation and adaptation all go through it."""
+    return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimiser: Muon for the matrices inside the model, AdamW for embeddings and everything per-dimension. Each rank has
+# the gradient of its own sequences; the sum over ranks is taken once a step, in one buffer.
+
+class FlatGradients:
+    """All gradients of a model in one buffer: zeroing, summing over ranks and clipping are one operation each."""
+
+    def __init__(self, model: nn.Module):
+        parameters = list(model.parameters())
+        self.flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+        for parameter, view in zip(parameters, self.flat.split([p.numel() for p in parameters])):
+            parameter.grad = view.view_as(parameter)
+
+    def reduce_and_clip(self, dist: Dist, max_norm: float) -> None:
+        """Sums over ranks, then scales the whole gradient to a norm of at most max_norm (0: no limit)."""
+        dist.sum_(self.flat)
+        if max_norm > 0:
+            self.flat.mul_((max_norm / (self.flat.norm() + 1e-6)).clamp(max=1.0))
+
+def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
+    """Moves the singular values of each matrix [..., M, N] near 1 (0.7 to 1.2 after 5 steps): same shape, other dtype.
+
+    Quintic iteration of Muon (Keller Jordan et al., kellerjordan.github.io/posts/muon). bf16 is precise enough, and
+    fast on GPUs; most CPUs have no fast bf16.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.size(-2) > matrices.size(-1)
+    x = matrices.mT if tall else matrices  # the Gram matrix below is then the smaller one
+    x = x.bfloat16() if x.is_cuda else x.float()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose update is orthogonalised, with decoupled weight decay; for 2-D parameters only.
+
+    W <- (1 - lr * weight_decay) * W - lr * sqrt(max(1, rows / cols)) * newton_schulz(g + momentum * buffer).
+    Matrices of one shape are orthogonalised together, and each rank does its share of them.
+    """
+
+    def __init__(self, params, lr: float, momentum: float, weight_decay: float = 0.0, steps: int = 5, *, dist=None):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps))
+        self.dist = dist or Dist()
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, grads)
+            updates = self.orthogonalize(torch._foreach_add(grads, buffers, alpha=group["momentum"]), group["steps"])
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, updates, alpha=-group["lr"])
+
+    def orthogonalize(self, updates: list[Tensor], steps: int) -> list[Tensor]:
+        """Orthogonal updates, fp32, the same on all ranks: each fills its share of one zeroed buffer, then they add."""
+        flat = torch.zeros(sum(u.numel() for u in updates), device=updates[0].device)
+        results = [view.view_as(u) for u, view in zip(updates, flat.split([u.numel() for u in updates]))]
+        for rows, cols in dict.fromkeys(u.shape for u in updates):
+            if mine := self.dist.mine([i for i, u in enumerate(updates) if u.shape == (rows, cols)]):
+                for index, matrix in zip(mine, newton_schulz(torch.stack([updates[i] for i in mine]), steps)):
+                    results[index].copy_(matrix * max(1.0, rows / cols) ** 0.5)
+        self.dist.sum_(flat)
+        return results
+
+def build_optimizers(model: GPT, config: Config, dist: Dist) -> list[torch.optim.Optimizer]:
+    """Muon and AdamW over disjoint groups that cover every parameter; each group remembers its own base_lr."""
+    matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    taken = {id(p) for p in matrices + tables}
+    controls = [p for p in model.parameters() if id(p) not in taken]  # mixes, gains, scales, whatever their shape
+    assert len(matrices) + len(tables) + len(controls) == len(list(model.parameters())) == len(taken) + len(controls)
+    muon = Muon(matrices, config.matrix_lr, 0.0, config.weight_decay, config.muon_backend_steps, dist=dist)
+    groups = [dict(params=tables, lr=config.tied_embed_lr), dict(params=controls, lr=config.scalar_lr)]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=config.weight_decay, fused=True)
+    for group in muon.param_groups + adamw.param_groups:
+        group["base_lr"] = group["lr"]
+    return [muon, adamw]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedule: pure functions of the step and of the training seconds that all ranks share; whichever budget is nearer its
+# end decides. The shares of the budget are those of PR #264's own run (3000 and 1500 of its 5197 steps), so that the
+# schedule keeps its shape on slower machines and in small runs.
+
+WARMDOWN_MAX_SHARE, MOMENTUM_WARMUP_MAX_SHARE = 0.58, 0.29
+
+def lr_factor(step: int, elapsed_s: float, config: Config) -> float:
+    """Share of the base learning rates, 0 to 1: constant, then linear to zero at the end of the nearest budget."""
+    factor, step_s = 1.0, elapsed_s / max(step, 1)
+    for done, budget, unit in ((step, config.iterations, 1), (elapsed_s, config.max_wallclock_seconds, step_s)):
+        if budget > 0:
+            warmdown = min(config.warmdown_iters * unit, WARMDOWN_MAX_SHARE * budget)
+            factor = min(factor, (budget - done) / max(warmdown, 1e-9))
+    return max(factor, 0.0)
+
+def muon_momentum(step: int, elapsed_s: float, config: Config) -> float:
+    """Muon's momentum: linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM, then constant."""
+    progress = step / max(config.muon_momentum_warmup_steps, 1e-9)
+    for done, budget in ((step, config.iterations), (elapsed_s, config.max_wallclock_seconds)):
+        if budget > 0:
+            progress = max(progress, done / (MOMENTUM_WARMUP_MAX_SHARE * budget))
+    start = config.muon_momentum_warmup_start
+    return start + min(progress, 1.0) * (config.muon_momentum - start)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+@dataclass
+class Run:
+    """What every stage of a run needs."""
+
+    config: Config
+    dist: Dist
+    log: Log
+    model: GPT
+    nll: Callable[[GPT, Tensor, Tensor], Tensor]  # token_nll, compiled or not
+    grads: FlatGradients
+
+def train_step(run: Run, stream: TokenStream, optimizers: list, step: int, schedule: tuple[float, float]) -> Tensor:
+    """One optimiser step on the step's global batch; schedule: (LR factor, Muon momentum).
+
+    Returns this rank's share of the mean loss in nats, fp32 [], without waiting for the device.
+    """
+    loss = torch.zeros((), device=run.dist.device)
+    run.grads.flat.zero_()
+    for inputs, targets in stream.micro_batches(step, run.dist):
+        part = run.nll(run.model, inputs, targets).sum() / run.config.train_batch_tokens
+        part.backward()
+        loss += part.detach()
+    run.grads.reduce_and_clip(run.dist, run.config.grad_clip_norm)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * schedule[0]
+            if isinstance(optimizer, Muon):
+                group["momentum"] = schedule[1]
+        optimizer.step()
+    return loss
+
+def train(run: Run, stream: TokenStream, optimizers: list, validate: Callable[..., None]) -> tuple[WeightAverage, dict]:
+    """Trains until the steps or the seconds are used up; returns the average of the weights and how far it came.
+
+    validate(title, **record) runs outside the training time. No step starts that would end after the limit, judged by
+    the longest of the last steps.
+    """
+    config, limit, average = run.config, run.config.max_wallclock_seconds, WeightAverage(run.model)
+    step, elapsed, step_s, start = 0, 0.0, [0.0], run.dist.now()  # start moves on by what is not training
+    while step < config.iterations and not 0 < limit < elapsed + max(step_s[-10:]):
+        if config.val_loss_every and step and step % config.val_loss_every == 0:
+            validate(f"step:{step}/{config.iterations}", event="val", step=step, train_s=elapsed)
+            start = run.dist.now() - elapsed
+        factor, momentum = lr_factor(step, elapsed, config), muon_momentum(step, elapsed, config)
+        loss = train_step(run, stream, optimizers, step, (factor, momentum))
+        step += 1
+        if config.swa_enabled and factor < config.swa_start_frac and step % config.swa_every == 0:
+            average.add()
+        step_s.append(run.dist.now() - start - elapsed)
+        elapsed += step_s[-1]
+        if step <= 5 or step % config.train_log_every == 0:
+            loss = run.dist.sum_(loss).item()
+            run.log(f"step:{step}/{config.iterations} train_loss:{loss:.4f} train_time:{1000 * elapsed:.0f}ms "
+                    f"step_avg:{1000 * elapsed / step:.2f}ms", event="train", step=step, train_loss=loss,
+                    train_s=elapsed, lr_factor=factor, muon_momentum=momentum)
+    progress = dict(step=step, train_s=elapsed)
+    validate(f"step:{step}/{config.iterations}", event="val", **progress)
+    return average, progress
+
+def warm_up(run: Run, stream: TokenStream | None, optimizers: list, evaluator: Evaluator) -> None:
+    """Compiles and tunes everything the run will execute, then restores weights and optimiser state bit for bit.
+
+    Training steps run on training tokens, scoring and adapting on random ones: nothing is learnt, and no validation
+    token is seen. The position in the data needs no restoring, it is a function of the step. Without a stream
+    (ARTIFACT=...) only the evaluation is warmed up.
+    """
+    saved = [parameter.detach().clone() for parameter in run.model.parameters()]
+    for step in range(run.config.warmup_steps if stream else 0):
+        train_step(run, stream, optimizers, step, (1.0, run.config.muon_momentum_warmup_start))
+        run.log(f"warmup_step:{step + 1}/{run.config.warmup_steps}")
+    evaluator.warm_up(with_validation=stream is not None)
+    with torch.no_grad():
+        torch._foreach_copy_(list(run.model.parameters()), saved)
+    for optimizer in optimizers:
+        optimizer.state.clear()
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Averaging
+
+class WeightAverage:
+    """Uniform mean of weights along the end of training (SWA, arXiv:1803.05407), summed in fp32 on the device.
+
+    PR #264 added bf16 parameters up in bf16, which loses more than averaging gains.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.parameters, self.count = list(model.parameters()), 0
+        self.sums = [torch.zeros_like(p) for p in self.parameters]
+
+    @torch.no_grad()
+    def add(self) -> None:
+        torch._foreach_add_(self.sums, self.parameters)
+        self.count += 1
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Replaces the model's weights by the mean; leaves them if there were no snapshots."""
+        if self.count:
+            torch._foreach_copy_(self.parameters, torch._foreach_div(self.sums, self.count))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Artifact: a file that needs only this script and the tokenizer. Magic, version, length, SHA-256, then one zstd frame
+# of a JSON header (model settings, table of tensors) and raw little-endian tensors: nothing to execute, no pickle.
+# Matrices are int5 (MLP) or int6 with one fp16 scale a row, in int8 bytes; zstd finds the unused bits.
+
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFGPT", 1
+ARTIFACT_HEAD = struct.Struct("<8sIQ")  # magic, version, bytes of the body once decompressed; SHA-256 follows
+MODEL_SETTINGS = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult bigram_vocab_size bigram_dim
+    logit_softcap rope_base train_seq_len embed_bits""".split()
+
+def storage_bits(name: str, config: Config) -> int:
+    """Bits a weight of this tensor is stored with (16: fp16). Every tensor of the model matches exactly one rule."""
+    rules = (
+        (r"blocks\.\d+\.mlp\.(fc|proj)\.weight", 5),
+        (r"blocks\.\d+\.attn\.(c_q|c_k|c_v|proj)\.weight|bigram\.proj\.weight", 6),
+        (r"(tok_emb|bigram\.embed)\.weight", config.embed_bits),
+        (r"blocks\.\d+\.(attn\.q_gain|attn_scale|mlp_scale|resid_mix)|skip_weights|smear\.gate|bigram\.scale", 16),
+    )
+    (bits,) = [bits for pattern, bits in rules if re.fullmatch(pattern, name)]
+    return bits
+
+def tensor_table(config: Config) -> list[list]:
+    """[name, shape, bits] of every tensor of the model, in order, without allocating it."""
+    with torch.device("meta"):
+        return [[name, list(p.shape), storage_bits(name, config)] for name, p in GPT(config).named_parameters()]
+
+def quantize(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Symmetric per-row rounding: fp32 [R, C] -> int8 [R, C] within bits, fp16 scale [R]; error at most scale / 2.
+
+    PR #264 kept the scale of the tied embedding at 1/127 or more, which left small rows a fraction of their levels; a
+    row of zeros needs no floor, only no division.
+    """
+    highest = 2 ** (bits - 1) - 1
+    scale = (matrix.abs().amax(dim=1) / highest).half()
+    divisor = torch.where(scale > 0, scale, 1).float()[:, None]
+    return (matrix / divisor).round().clamp(-highest - 1, highest).to(torch.int8), scale
+
+def encode_artifact(state_dict: Mapping[str, Tensor], config: Config) -> bytes:
+    """The artifact of these weights (fp32, on any device). Raises UserError if a weight is not finite in storage."""
+    table, values, scales = tensor_table(config), [], []
+    header = dict(config={name: getattr(config, name) for name in MODEL_SETTINGS}, tensors=table)
+    header = json.dumps(header, separators=(",", ":")).encode()
+    for name, shape, bits in table:
+        tensor = state_dict[name].detach().float().cpu()
+        assert list(tensor.shape) == shape, (name, tensor.shape, shape)
+        value, scale = (tensor.half(), torch.empty(0)) if bits == 16 else quantize(tensor, bits)
+        if not all(torch.isfinite(t).all() for t in (tensor, value, scale)):
+            raise UserError(f"weights of {name} are not finite in storage: training diverged, lower the learning rates")
+        values.append(value.numpy().tobytes())
+        scales.append(scale.numpy().tobytes())
+    body = b"".join((struct.pack("<I", len(header)), header, *values, *scales))
+    head, frame = ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(body)), zstandard.compress(body, level=22)
+    return head + hashlib.sha256(head + frame).digest() + frame
+
+def decode_artifact(data: bytes) -> tuple[Config, dict[str, Tensor]]:
+    """Model settings and fp32 weights of an artifact. Raises UserError, before it allocates, if anything is off."""
+    head, checksum, frame = data[: ARTIFACT_HEAD.size], data[ARTIFACT_HEAD.size :][:32], data[ARTIFACT_HEAD.size + 32 :]
+    if not frame or data[:8] != ARTIFACT_MAGIC:
+        raise UserError(f"not an artifact: {len(data)} bytes, {data[:8]!r} first: give the artifact.bin of a run")
+    _, version, size = ARTIFACT_HEAD.unpack(head)
+    if version != ARTIFACT_VERSION:
+        raise UserError(f"artifact version {version}, this script reads {ARTIFACT_VERSION}: use the one that wrote it")
+    if hashlib.sha256(head + frame).digest() != checksum:
+        raise UserError(f"artifact of {len(data)} bytes fails its checksum, it was cut or damaged: copy it again")
+    try:
+        if size >= 1 << 31 or zstandard.frame_content_size(frame) != size:
+            raise ValueError(f"a body of {size} bytes")
+        body = zstandard.decompress(frame)
+        start = 4 + struct.unpack_from("<I", body)[0]
+        header = json.loads(body[4:start])
+        settings = {name: type(getattr(Config, name))(header["config"][name]) for name in MODEL_SETTINGS}
+        config, length = dataclasses.replace(Config(), **settings), settings["train_seq_len"]
+        fitting = dict(train_batch_tokens=length, ttt_chunk_tokens=length, eval_stride=length)  # not the file's to say
+        if problems := dataclasses.replace(config, **fitting).problems():
+            raise ValueError("; ".join(problems))
+        if config.num_layers > len(header["tensors"]) or header["tensors"] != (table := tensor_table(config)):
+            raise ValueError("other tensors than its settings imply")
+        sizes = [math.prod(shape) * (2 if bits == 16 else 1) for _, shape, bits in table]
+        rows = [0 if bits == 16 else shape[0] for _, shape, bits in table]
+        if start + sum(sizes) + 2 * sum(rows) != size:
+            raise ValueError(f"{size} bytes where its tensors need {start + sum(sizes) + 2 * sum(rows)}")
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError, struct.error, zstandard.ZstdError) as e:
+        raise UserError(f"artifact is inconsistent ({e}): use the train_gpt.py that wrote it") from e
+    state, scale_start = {}, start + sum(sizes)
+    for (name, shape, bits), count, num_rows in zip(table, sizes, rows):
+        values = np.frombuffer(body, "<f2" if bits == 16 else "i1", math.prod(shape), start).reshape(shape)
+        values, scale = torch.tensor(values), torch.tensor(np.frombuffer(body, "<f2", num_rows, scale_start))
+        state[name] = values.float() if bits == 16 else values.float() * scale.float()[:, None]
+        start, scale_start = start + count, scale_start + 2 * num_rows
+    return config, state
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation: score, then adapt. The score is bits per byte over the validation split: each target is predicted once,
+# from up to L tokens before it. The split is taken in chunks of C targets, in order. A chunk is scored with weights
+# that have seen nothing but the artifact and earlier chunks; only then may SGD train on it. So the distribution for a
+# token depends only on the artifact and on tokens before it, is normalised over the vocabulary, and is final before
+# any update that uses the token: the challenge's four conditions (openai/parameter-golf issues #402, #677, #1017).
+# The chunked form is PR #549's; PR #264 trained on the whole split first and scored text the model had already seen.
+
+def sliding_windows(num_targets: int, seq_len: int, stride: int) -> np.ndarray:
+    """Windows that score each of num_targets targets once: int64 [W, 3], in order of their starts.
+
+    Columns: start (inputs are tokens [start, start + seq_len)), first scored target, end of the scored targets
+    (exclusive). The first window scores all its targets, each later one only the last stride of a full window, which
+    then have at least seq_len - stride tokens of context; the last window may be shorter than seq_len. Target p is
+    token p + 1. With stride = seq_len the windows do not overlap.
+    """
+    starts = np.arange(0, max(num_targets - seq_len + stride, min(num_targets, 1)), stride, dtype=np.int64)
+    first = np.where(starts == 0, 0, starts + seq_len - stride)
+    return np.stack((starts, first, np.minimum(starts + seq_len, num_targets)), axis=1)
+
+def plan_chunks(num_targets: int, seq_len: int, stride: int, chunk_tokens: int) -> list[np.ndarray]:
+    """The windows of each chunk, in order: every window belongs to the chunk of its *first* scored target.
+
+    The first, because chunk i is trained on targets up to (i + 1) C: a window placed by its last target could be scored
+    after the start of what it scores was trained on.
+    """
+    windows = sliding_windows(num_targets, seq_len, stride)
+    return np.split(windows, np.flatnonzero(np.diff(windows[:, 1] // chunk_tokens)) + 1)
+
+class Evaluator:
+    """Scores the model of a run on the validation tokens, with and without adaptation."""
+
+    def __init__(self, run: Run, tokens: np.ndarray, token_bytes: TokenBytes):
+        """tokens: the split, integers [more than L]. It is trimmed to whole sequences, as the baseline does."""
+        self.run, self.config, length = run, run.config, run.config.train_seq_len
+        self.full_targets = (len(tokens) - 1) // length * length
+        self.num_targets = min(self.full_targets, self.config.max_val_tokens // length * length or self.full_targets)
+        tokens = tokens[: self.num_targets + 1]
+        self.bytes_before = np.concatenate(([0], np.cumsum(token_bytes.count(tokens))))  # [N + 1]
+        # Zeros behind the end: the last windows read them as inputs, after everything they score.
+        self.tokens = F.pad(torch.from_numpy(tokens.astype(np.int32)), (0, length)).to(run.dist.device)
+        self.offsets = torch.arange(length, device=run.dist.device)
+        # Fixed batch shapes, so that each graph is compiled once.
+        world_size, chunk_seqs = run.dist.world_size, self.config.ttt_chunk_tokens // length
+        self.val_rows = max(1, self.config.val_batch_size // (length * world_size))
+        self.adapt_rows = max(1, min(-(-chunk_seqs // world_size), self.config.micro_batch_tokens // length))
+        self.epochs = self.config.ttt_epochs if self.config.ttt_enabled else 0
+
+    def loss_and_bpb(self, nats: np.ndarray) -> tuple[float, float]:
+        """Nats a token, and bits a byte (total nats / ln 2 / total bytes of text), of the first len(nats) targets."""
+        total = float(nats.sum(dtype=np.float64))
+        return total / len(nats), total / math.log(2) / int(self.bytes_before[len(nats)])
+
+    def gather(self, starts: np.ndarray, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions, inputs, targets of the sequences at starts, int64 [rows, L] each; missing rows repeat start 0."""
+        starts = torch.from_numpy(np.pad(starts, (0, rows - len(starts)))).to(self.tokens.device)
+        positions = starts[:, None] + self.offsets
+        return positions, self.tokens[positions].long(), self.tokens[positions + 1].long()
+
+    @torch.no_grad()
+    def score(self, windows: np.ndarray, rows: int) -> np.ndarray:
+        """Nats of the targets that consecutive windows score, with the current weights: fp32 [targets] on every rank.
+
+        windows: int64 [W, 3] of sliding_windows, shared over the ranks and taken `rows` at a time.
+        """
+        dist, begin, count = self.run.dist, int(windows[0, 1]), int(windows[-1, 2] - windows[0, 1])
+        nats = torch.zeros(count + 1, device=dist.device)  # the last slot takes what is context or padding
+        mine = dist.mine(windows)
+        for batch in (mine[i : i + rows] for i in range(0, len(mine), rows)):
+            positions, inputs, targets = self.gather(batch[:, 0], rows)
+            nll = self.run.nll(self.run.model, inputs, targets)
+            scored = torch.from_numpy(np.pad(batch[:, 1:], ((0, rows - len(batch)), (0, 0)))).to(dist.device)
+            is_scored = (positions >= scored[:, :1]) & (positions < scored[:, 1:])  # padded rows score [0, 0)
+            nats.scatter_(0, torch.where(is_scored, positions - begin, count).flatten(), nll.flatten())
+        return dist.sum_(nats[:count]).cpu().numpy()
+
+    def adapt(self, first: int, end: int, optimizer: torch.optim.Optimizer) -> None:
+        """One SGD step on the mean loss of targets [first, end), all of which must be scored already.
+
+        The sequences are shared over ranks and micro-batches; the step is the same however many there are.
+        """
+        rows, length = self.adapt_rows, self.config.train_seq_len
+        mine = self.run.dist.mine(np.arange(first, end - length + 1, length))
+        self.run.grads.flat.zero_()
+        for batch in (mine[i : i + rows] for i in range(0, len(mine), rows)):
+            _, inputs, targets = self.gather(batch, rows)
+            nll = self.run.nll(self.run.model, inputs, targets)[: len(batch)]
+            (nll.sum() / (end - first)).backward()
+        self.run.grads.reduce_and_clip(self.run.dist, self.config.ttt_grad_clip)
+        optimizer.step()
+
+    def warm_up(self, with_validation: bool) -> None:
+        """Runs each graph of the evaluation once, on random tokens; weights stay, the gradient buffer is used."""
+        shape = (max(self.config.eval_batch_seqs, self.val_rows, self.adapt_rows), self.config.train_seq_len)
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(self.config.vocab_size, shape, generator=generator).to(self.run.dist.device)
+        graphs = [(self.config.eval_batch_seqs, False)] + [(self.val_rows, False)] * with_validation
+        for rows, trains in graphs + [(self.adapt_rows, True)] * (self.epochs > 0):
+            with torch.set_grad_enabled(trains):
+                nll = self.run.nll(self.run.model, tokens[:rows], tokens[:rows])
+            if trains:
+                nll.sum().backward()
+        self.run.log("warm-up of the evaluation done, on random tokens")
+
+    def validate(self) -> np.ndarray:
+        """The plain loss between training steps, no overlap and no adaptation: nats fp32 [N]."""
+        length = self.config.train_seq_len
+        return self.score(sliding_windows(self.num_targets, length, length), self.val_rows)
+
+    def score_then_adapt(self, epochs: int, start: float) -> tuple[np.ndarray, int]:
+        """The pass over the split: score a chunk, then take `epochs` SGD steps on it, then go to the next.
+
+        Returns nats fp32 [N] and the number of chunks adapted on; leaves the model adapted. The last chunk is scored
+        and never trained, nothing is left to score. Scoring is never cut; adaptation stops for good, by rank 0's clock,
+        once another adaptation and scoring what is left would end later than EVAL_MAX_SECONDS after start (dist.now()).
+        """
+        config, log, size = self.config, self.run.log, self.config.ttt_chunk_tokens
+        chunks = plan_chunks(self.num_targets, config.train_seq_len, config.eval_stride, size)
+        last_of_split = max(1, -(-self.full_targets // size) - 1)  # also for a prefix, whose scores must be the same
+        sgd = torch.optim.SGD(self.run.model.parameters(), lr=config.ttt_lr, momentum=config.ttt_momentum)
+        nats, scored, adapt_s, adapting = np.zeros(self.num_targets, np.float32), 0, [], epochs > 0
+        for index, windows in enumerate(chunks):
+            begin, end = int(windows[0, 1]), int(windows[-1, 2])
+            assert begin == scored  # each target once, in order
+            nats[begin:end] = self.score(windows, config.eval_batch_seqs)
+            scored, now, left = end, self.run.dist.now() - start, len(chunks) - index - 1
+            bpb = self.loss_and_bpb(nats[:scored])[1]
+            log(f"eval_chunk:{index + 1}/{len(chunks)} running_bpb:{bpb:.4f} eval_time:{1000 * now:.0f}ms",
+                event="score", chunk=index, first=begin, end=end, running_bpb=bpb, eval_s=now)
+            if not adapting or not left:
+                continue
+            projected = now + max(adapt_s, default=0.0) + left * (now - sum(adapt_s)) / (index + 1)
+            if index == config.ttt_max_chunks or 0 < config.eval_max_seconds < projected:
+                log(f"adaptation stops before chunk {index}, {projected:.0f} s projected of EVAL_MAX_SECONDS="
+                    f"{config.eval_max_seconds:g}; to replay: TTT_MAX_CHUNKS={index} EVAL_MAX_SECONDS=0",
+                    event="adapt_stop", chunk=index)
+                adapting = False
+                continue
+            first, end = index * size, min((index + 1) * size, self.num_targets)
+            sgd.param_groups[0]["lr"] = lr = config.ttt_lr * (1 + math.cos(math.pi * index / last_of_split)) / 2
+            for _ in range(epochs):
+                self.adapt(first, end, sgd)
+            adapt_s.append(self.run.dist.now() - start - now)
+            log(event="adapt", chunk=index, first=first, end=end, lr=lr, epochs=epochs, seconds=adapt_s[-1])
+        return nats, len(adapt_s)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Main
+
+def load_artifact(path: str | Path, dist: Dist) -> tuple[Config, dict[str, Tensor]]:
+    """Reads an artifact from rank 0's disk, on all ranks."""
+    data = b""
+    if dist.is_master:
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise UserError(f"ARTIFACT={path}: {error.strerror}; give the artifact.bin of a finished run") from error
+    return decode_artifact(dist.from_master(data))
+
+def settle(config: Config, dist: Dist) -> Config:
+    """The configuration with every automatic choice made, for this machine and world size."""
+    on_gpu, length, seqs = dist.device.type == "cuda", config.train_seq_len, config.seqs_per_step
+    if seqs % dist.world_size:
+        raise UserError(f"{dist.world_size} ranks cannot share the {seqs} sequences of TRAIN_BATCH_TOKENS="
+                        f"{config.train_batch_tokens} evenly: use a world size that divides {seqs}")
+    per_rank, wanted = seqs // dist.world_size, config.micro_batch_tokens // length
+    if wanted and per_rank % wanted:
+        raise UserError(f"MICRO_BATCH_TOKENS={config.micro_batch_tokens} must divide a rank's {per_rank * length} tokens "
+                        f"into multiples of TRAIN_SEQ_LEN={length}: use such a divisor, or leave it out")
+    fitting = max(1, (98_304 if on_gpu else 4096) // length)  # sequences; a GPU's memory, a CPU's cache
+    micro = wanted or max(n for n in range(1, per_rank + 1) if per_rank % n == 0 and n <= fitting)
+    dtype, compiled = config.compute_dtype, config.compile
+    if dtype == "auto":  # CPUs with AMX multiply bf16 twice as fast as fp32, those without AVX-512 many times slower
+        timers = [torch.utils.benchmark.Timer("x @ x", globals={"x": torch.ones(256, 256, dtype=DTYPES[name])})
+                  for name in ("bfloat16", "float32")] * (not on_gpu)
+        bf16_s, fp32_s = [timer.timeit(4).median for timer in timers] or (0, 1)
+        dtype = dist.from_master("bfloat16" if fp32_s > 1.5 * bf16_s else "float32")
+    if compiled == "auto":  # on two CPU cores it took 165 s and gained nothing
+        compiled = "1" if on_gpu else "0"
+    return dataclasses.replace(config, device=dist.device.type, compute_dtype=dtype, compile=compiled,
+                               micro_batch_tokens=micro * length)
+
+def describe(log: Log, config: Config, dist: Dist, code: bytes) -> None:
+    """Opens the log with all that is needed to repeat the run: source, versions, hardware, settings."""
+    log(code.decode(), console=False)
+    hardware = torch.cuda.get_device_name() if dist.device.type == "cuda" else platform.machine()
+    versions = dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
+                    numpy=np.__version__, sentencepiece=spm.__version__, zstandard=zstandard.__version__)
+    log(f"world_size:{dist.world_size} device:{hardware} cpu_threads:{torch.get_num_threads()} "
+        + " ".join(f"{name}:{version}" for name, version in versions.items()))
+    for name, value in vars(config).items():  # on the console only what is not the default
+        changed = value != getattr(Config, name)
+        log(f"{'*' if changed else ' '} {name.upper()}={value}", console=changed)
+    log(event="start", versions=versions, hardware=hardware, world_size=dist.world_size, settings=vars(config))
+
+def build_run(config: Config, dist: Dist, log: Log) -> Run:
+    """The model, the same on every rank, and what goes with it."""
+    torch.manual_seed(config.seed)
+    torch.use_deterministic_algorithms(config.deterministic)
+    model = GPT(config).to(dist.device)
+    nll = torch.compile(token_nll, dynamic=False, fullgraph=True) if config.compile == "1" else token_nll
+    log(f"model_params:{sum(p.numel() for p in model.parameters())}")
+    return Run(config, dist, log, model, nll, FlatGradients(model))
+
+def train_and_store(run: Run, stream: TokenStream, optimizers: list, evaluator: Evaluator, code: bytes) -> Path:
+    """Trains, averages and writes the artifact; returns its path (on rank 0)."""
+
+    def validate(title: str, **record) -> None:
+        start = time.perf_counter()
+        loss, bpb = evaluator.loss_and_bpb(evaluator.validate())
+        run.log(f"{title} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{1000 * record['train_s']:.0f}ms",
+                **record, val_loss=loss, val_bpb=bpb, seconds=time.perf_counter() - start)
+
+    average, progress = train(run, stream, optimizers, validate)
+    average.apply()
+    validate(f"swa:{average.count}_snapshots", event="swa", **progress)
+    run.log(f"weights_sha256 after training, by rank: {run.dist.weight_digests(run.model)}")
+    if not run.log.folder:
+        return Path()
+    start, path, limit = time.perf_counter(), run.log.folder / "artifact.bin", run.config.max_artifact_bytes
+    data = encode_artifact(run.model.state_dict(), run.config)
+    path.with_suffix(".part").write_bytes(data)
+    path.with_suffix(".part").replace(path)  # a file of the final name is always whole
+    total = len(data) + len(code)
+    run.log(f"artifact_bytes:{len(data)} code_bytes:{len(code)} total_bytes:{total} limit_bytes:{limit}",
+            event="artifact", artifact_bytes=len(data), code_bytes=len(code), seconds=time.perf_counter() - start)
+    if total >= limit:
+        run.log(f"WARNING: {total} bytes are not under MAX_ARTIFACT_BYTES={limit}: this run cannot be submitted")
+    return path
+
+def evaluate_artifact(run: Run, path: str | Path, evaluator: Evaluator) -> None:
+    """Scores the artifact on disk: the submitted pass first, then, if asked for, the plain pass as a diagnostic."""
+    config, log = run.config, run.log
+    for label in ["final_ttt_exact"] + ["final_quantized_exact"] * config.eval_plain:
+        submitted, start = label == "final_ttt_exact", run.dist.now()  # reading the artifact counts
+        run.model.load_state_dict(load_artifact(path, run.dist)[1])
+        nats, adapted = evaluator.score_then_adapt(evaluator.epochs if submitted else 0, start)
+        loss, bpb = evaluator.loss_and_bpb(nats)
+        result = dict(run_id=config.run_id, seed=config.seed, val_loss=loss, val_bpb=bpb, chunks_adapted=adapted,
+                      targets=evaluator.num_targets, full_targets=evaluator.full_targets,
+                      bytes=int(evaluator.bytes_before[-1]), eval_seconds=run.dist.now() - start)
+        log(f"weights_sha256 after {label}, by rank: {run.dist.weight_digests(run.model)}")
+        if evaluator.num_targets < evaluator.full_targets:
+            log(f"MAX_VAL_TOKENS: the first {evaluator.num_targets} of {evaluator.full_targets} targets only")
+        log(f"{label} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{1000 * result['eval_seconds']:.0f}ms "
+            f"targets:{evaluator.num_targets} bytes:{result['bytes']} chunks_adapted:{adapted}", event=label, **result)
+        if submitted and log.folder:
+            (log.folder / "submission.json").write_text(json.dumps(result, indent=2) + "\n")
+            if config.val_nll_path:
+                np.save(config.val_nll_path, nats)
+
+def main() -> None:
+    code = Path(__file__).read_bytes()
+    config = Config.from_env(os.environ)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    dist = Dist(config.device, os.environ)
+    if config.artifact:  # it says what model it holds
+        stored, _ = load_artifact(config.artifact, dist)
+        config = dataclasses.replace(config, **{name: getattr(stored, name) for name in MODEL_SETTINGS})
+        if problems := config.problems():
+            raise UserError(f"ARTIFACT={config.artifact} with these settings: {'; '.join(problems)}")
+    config = settle(config, dist)
+
+    token_bytes = TokenBytes(load_tokenizer(config))
+    val_stream = TokenStream(config, "val")
+    train_stream = None if config.artifact else TokenStream(config, "train")
+
+    run_id = config.run_id or dist.from_master(time.strftime(f"%Y%m%d_%H%M%S_seed{config.seed}"))
+    config = dataclasses.replace(config, run_id=run_id)
+    log = Log(Path("logs") / run_id if dist.is_master else None)
+    describe(log, config, dist, code)
+    run = build_run(config, dist, log)
+    evaluator = Evaluator(run, val_stream.read(0, val_stream.num_tokens), token_bytes)
+    optimizers = [] if config.artifact else build_optimizers(run.model, config, dist)
+    warm_up(run, train_stream, optimizers, evaluator)
+
+    path = config.artifact or train_and_store(run, train_stream, optimizers, evaluator, code)
+    evaluate_artifact(run, path, evaluator)
+    dist.close()
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as problem:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+        else:  # every rank finds the same problem; rank 0 says it before torchrun ends it for our exit
+            time.sleep(2)
+        sys.exit(1)
