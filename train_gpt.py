@@ -693,6 +693,7 @@ def warm_up(run: Run, stream: TokenStream | None, optimizers: list, evaluator: E
         torch._foreach_copy_(list(run.model.parameters()), saved)
     for optimizer in optimizers:
         optimizer.state.clear()
+    run.log("warm-up done, weights and optimiser restored", event="warm_up")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Averaging
@@ -912,7 +913,6 @@ class Evaluator:
                 nll = self.run.nll(self.run.model, tokens[:rows], tokens[:rows])
             if trains:
                 nll.sum().backward()
-        self.run.log("warm-up of the evaluation done, on random tokens")
 
     def validate(self) -> np.ndarray:
         """The plain loss between training steps, no overlap and no adaptation: nats fp32 [N]."""
@@ -994,6 +994,8 @@ def settle(config: Config, dist: Dist) -> Config:
 
 def describe(log: Log, config: Config, dist: Dist, code: bytes) -> None:
     """Opens the log with all that is needed to repeat the run: source, versions, hardware, settings."""
+    if log.folder:
+        (log.folder / "train_gpt.py").write_bytes(code)
     log(code.decode(), console=False)
     hardware = torch.cuda.get_device_name() if dist.device.type == "cuda" else platform.machine()
     versions = dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,

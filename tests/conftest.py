@@ -136,3 +136,7 @@ def token_bytes(dataset) -> train_gpt.TokenBytes:
 def val_tokens(dataset) -> np.ndarray:
     stream = train_gpt.TokenStream(tiny_config(dataset), "val")
     return stream.read(0, stream.num_tokens)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--renew-golden", action="store_true", help="write tests/golden.json anew from this run")

@@ -1,0 +1,289 @@
+"""The real script, run as people run it: in processes of its own, on one and two ranks, and on bad input."""
+import concurrent.futures
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece as spm
+import torch
+from conftest import REPOSITORY, TINY, make_run, random_model, run_process, tiny_config
+from test_units import write_shard
+
+import train_gpt
+
+GOLDEN = Path(__file__).with_name("golden.json")
+GOLDEN_TOLERANCE = 2e-3  # nats; other CPUs, BLAS and torch versions add in another order
+
+# ---- Ranks
+
+
+@pytest.fixture(scope="module")
+def one_and_two_ranks(dataset, tmp_path_factory):
+    """The same run in one process, and under torchrun on two, with other micro-batches."""
+    settings = TINY | dataset | dict(EVAL_PLAIN=1)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        one = pool.submit(run_process, tmp_path_factory.mktemp("one"), settings | dict(RUN_ID="one"))
+        two = pool.submit(run_process, tmp_path_factory.mktemp("two"),
+                          settings | dict(RUN_ID="two", MICRO_BATCH_TOKENS=64), ranks=2)
+        runs = one.result(), two.result()
+    for run in runs:
+        assert run.code == 0, run.output
+    return runs
+
+
+def test_one_and_two_ranks_give_the_same_losses_and_score(one_and_two_ranks):
+    one, two = one_and_two_ranks
+    assert len(one.losses) == TINY["ITERATIONS"]
+    np.testing.assert_allclose(one.losses, two.losses, atol=2e-4)
+    assert one.losses[-1] < one.losses[0] - 0.5  # it learns
+    for event in ("val", "swa", "final_ttt_exact", "final_quantized_exact"):
+        ones, twos = one.events(event), two.events(event)
+        assert len(ones) == len(twos) == (2 if event == "val" else 1)
+        assert ones[-1]["val_bpb"] == pytest.approx(twos[-1]["val_bpb"], abs=1e-3)
+
+
+def test_ranks_hold_the_same_weights_after_training_and_adapting(one_and_two_ranks):
+    _, two = one_and_two_ranks
+    for stage in ("training", "final_ttt_exact", "final_quantized_exact"):
+        (digests,) = re.findall(f"weights_sha256 after {stage}, by rank: (.*)", two.output)
+        first, second = digests.split()
+        assert first == second and len(first) == 16
+    assert len(set(re.findall(r"by rank: (\w+) ", two.output))) == 3  # and adapting does change them
+
+
+def test_a_run_leaves_what_it_promises(one_and_two_ranks):
+    one, _ = one_and_two_ranks
+    assert {path.name for path in one.folder.iterdir()} == {
+        "train.log", "metrics.jsonl", "train_gpt.py", "artifact.bin", "submission.json"}
+    code = (REPOSITORY / "train_gpt.py").read_bytes()
+    assert (one.folder / "train_gpt.py").read_bytes() == code
+    assert (one.folder / "train.log").read_text().startswith(code.decode())
+    sizes = one.events("artifact")[0]
+    assert sizes["artifact_bytes"] == (one.folder / "artifact.bin").stat().st_size and sizes["code_bytes"] == len(code)
+    assert f"artifact_bytes:{sizes['artifact_bytes']} code_bytes:{len(code)} total_bytes:" in one.output
+    for line in (r"^step:1/12 train_loss:[\d.]+ train_time:\d+ms step_avg:[\d.]+ms$",
+                 r"^step:12/12 val_loss:[\d.]+ val_bpb:[\d.]+ train_time:\d+ms$",
+                 r"^final_quantized_exact val_loss:[\d.]+ val_bpb:[\d.]+ ",
+                 r"^final_ttt_exact val_loss:[\d.]+ val_bpb:[\d.]+ "):
+        assert re.search(line, one.output, re.MULTILINE), line
+    assert one.submission["targets"] == TINY["MAX_VAL_TOKENS"] < one.submission["full_targets"]
+
+
+def test_a_trace_of_the_submitted_pass_is_in_the_metrics(one_and_two_ranks):
+    one, _ = one_and_two_ranks
+    names = [record["event"] for record in one.records]
+    submitted = one.records[names.index("artifact") : names.index("final_ttt_exact")]
+    scored_until, adapted = 0, 0
+    for record in submitted:
+        if record["event"] == "score":
+            assert record["first"] == scored_until
+            scored_until = record["end"]
+        elif record["event"] == "adapt":
+            assert record["end"] <= scored_until and record["first"] == adapted
+            adapted = record["end"]
+    assert scored_until == TINY["MAX_VAL_TOKENS"] and adapted == TINY["MAX_VAL_TOKENS"] // 256 * 256
+
+
+# ---- Repeatability
+
+
+def test_golden_losses(run_here, request):
+    """The losses of the first steps on a corpus written for the tests; renew with `make golden` after a change that
+    is meant to alter them."""
+    losses = run_here().losses
+    if request.config.getoption("--renew-golden"):
+        GOLDEN.write_text(json.dumps([round(loss, 5) for loss in losses]) + "\n")
+    np.testing.assert_allclose(losses, json.loads(GOLDEN.read_text()), atol=GOLDEN_TOLERANCE)
+
+
+def test_same_seed_same_bits_and_another_seed_another_model(run_here):
+    first, again, other = run_here(), run_here(), run_here(SEED=7)
+    assert first.losses == again.losses != other.losses
+    assert (first.folder / "artifact.bin").read_bytes() == (again.folder / "artifact.bin").read_bytes()
+    assert first.submission["val_bpb"] == again.submission["val_bpb"] != other.submission["val_bpb"]
+
+
+def test_micro_batches_do_not_change_the_run(run_here):
+    whole, pieces = run_here(MICRO_BATCH_TOKENS=256), run_here(MICRO_BATCH_TOKENS=32)
+    np.testing.assert_allclose(whole.losses, pieces.losses, atol=2e-4)
+
+
+# ---- Evaluation from disk
+
+
+def test_an_artifact_alone_gives_the_same_scores(run_here, tmp_path, dataset):
+    trained = run_here(VAL_NLL_PATH=str(tmp_path / "a.npy"))
+    only_val = tmp_path / "val"
+    only_val.mkdir()
+    for shard in Path(dataset["DATA_PATH"]).glob("fineweb_val_*.bin"):
+        shutil.copy(shard, only_val)
+    # Only the artifact says how large the model is, and no training data is there.
+    model = dict(NUM_LAYERS=11, MODEL_DIM=512, NUM_HEADS=8, NUM_KV_HEADS=4, BIGRAM_DIM=64, BIGRAM_VOCAB_SIZE=2048)
+    evaluated = run_here(ARTIFACT=trained.folder / "artifact.bin", VAL_NLL_PATH=str(tmp_path / "b.npy"),
+                         DATA_PATH=str(only_val), **model)
+    assert not evaluated.losses and not (evaluated.folder / "artifact.bin").exists()
+    nats, again = np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy")
+    assert nats.dtype == np.float32 and nats.shape == (TINY["MAX_VAL_TOKENS"],) and np.array_equal(nats, again)
+    submission = evaluated.submission
+    total = nats.sum(dtype=np.float64)
+    assert submission["val_loss"] == pytest.approx(total / len(nats), rel=1e-9)
+    assert submission["val_bpb"] == pytest.approx(total / math.log(2) / submission["bytes"], rel=1e-9)
+
+
+def test_scored_bytes_are_those_of_the_text(run_here, dataset):
+    tokenizer = spm.SentencePieceProcessor(model_file=dataset["TOKENIZER_PATH"])
+    run = run_here(MAX_VAL_TOKENS=0, TTT_ENABLED=0, ITERATIONS=1)
+    tokens = np.fromfile(next(Path(dataset["DATA_PATH"]).glob("fineweb_val_*.bin")), "<u2")[512:]
+    targets = run.submission["targets"]
+    assert targets == run.submission["full_targets"] == (len(tokens) - 1) // 32 * 32
+    documents = np.split(tokens[: targets + 1], np.flatnonzero(tokens[: targets + 1] == 1))
+    whole, cut = documents[:-1], documents[-1]
+    text_bytes = sum(len(tokenizer.decode(document.tolist()).encode()) for document in whole)
+    assert 0 <= run.submission["bytes"] - text_bytes <= 20 * len(cut)
+    manifest = json.loads((Path(dataset["DATA_PATH"]) / "manifest.json").read_text())
+    missing = len(tokens) - 1 - targets
+    assert 0 <= manifest["splits"]["val"]["normalised_bytes"] - run.submission["bytes"] <= 20 * missing
+
+
+def test_size_limit_is_reported(run_here):
+    assert "cannot be submitted" in run_here(MAX_ARTIFACT_BYTES=1000, ITERATIONS=1, TTT_ENABLED=0).output
+
+
+def test_training_stops_before_the_limit(run_here):
+    run = run_here(MAX_WALLCLOCK_SECONDS=2, ITERATIONS=100_000, TTT_ENABLED=0, TRAIN_LOG_EVERY=1, VAL_LOSS_EVERY=20)
+    last = run.events("train")[-1]
+    assert len(run.events("val")) > 2, "validation must not count"
+    assert 1.0 < last["train_s"] <= 2.0 and last["lr_factor"] < 0.1
+
+
+# ---- Bad input: one line, a status that is not 0, nothing trained
+
+
+@pytest.fixture(scope="module")
+def bad_inputs(dataset, tmp_path_factory) -> dict:
+    """Name -> (settings, ranks, what the line must say); the files are damaged copies of the good ones."""
+    folder = tmp_path_factory.mktemp("bad")
+    good = Path(dataset["DATA_PATH"])
+    train = (good / "fineweb_train_000000.bin").read_bytes()
+
+    def with_train(name: str, content: bytes | None) -> dict:
+        (folder / name).mkdir()
+        for path in good.glob("*.bin"):
+            shutil.copy(path, folder / name)
+        (folder / name / "fineweb_train_000000.bin").write_bytes(content or b"")
+        return dict(DATA_PATH=str(folder / name))
+
+    other_tokenizer = folder / "other.model"
+    other_tokenizer.write_bytes(b"not a model")
+    tokens = np.frombuffer(train[1024:], "<u2").copy()
+    tokens[len(tokens) // 2] = TINY["VOCAB_SIZE"]
+    diverged = folder / "artifact.bin"
+    diverged.write_bytes(b"PGOLFGPT" + bytes(100))
+    return {
+        "missing data": (dict(DATA_PATH=str(folder / "none")), 1, "python data/build_dataset.py"),
+        "missing tokenizer": (dict(TOKENIZER_PATH=str(folder / "none")), 1, "python data/build_dataset.py"),
+        "damaged tokenizer": (dict(TOKENIZER_PATH=str(other_tokenizer)), 1, "no SentencePiece model"),
+        "wrong magic": (with_train("magic", b"\0" + train[1:]), 1, "not a whole shard"),
+        "truncated shard": (with_train("cut", train[:-1]), 1, f"{len(train) - 1} bytes"),
+        "header only": (with_train("header", train[:100]), 1, "not a whole shard"),
+        "empty shard": (with_train("empty", None), 1, "not a whole shard"),
+        "token id": (with_train("id", train[:1024] + tokens.tobytes()), 1, f"token id {TINY['VOCAB_SIZE']}"),
+        "tokenizer of another size": (dict(VOCAB_SIZE=400), 1, "has 384 tokens, VOCAB_SIZE=400"),
+        "misspelt setting": (dict(TTT_EPOCH=3), 1, "did you mean TTT_EPOCHS"),
+        "malformed setting": (dict(TTT_EPOCHS="three"), 1, "TTT_EPOCHS='three'"),
+        "sequence length": (dict(TRAIN_SEQ_LEN=48), 1, "must be a multiple of TRAIN_SEQ_LEN=48"),
+        "micro-batch": (dict(MICRO_BATCH_TOKENS=96), 1, "MICRO_BATCH_TOKENS=96 must divide"),
+        "world size": (dict(TRAIN_BATCH_TOKENS=96), 2, "2 ranks cannot share the 3 sequences"),
+        "missing artifact": (dict(ARTIFACT=str(folder / "none")), 1, "No such file"),
+        "damaged artifact": (dict(ARTIFACT=str(diverged)), 1, "artifact version 0"),
+    }
+
+
+@pytest.fixture(scope="module")
+def refused(bad_inputs, dataset, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("refused")
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        runs = {name: pool.submit(run_process, folder, TINY | dataset | settings | dict(RUN_ID=name.replace(" ", "_")), ranks)
+                for name, (settings, ranks, _) in bad_inputs.items()}
+        return {name: run.result() for name, run in runs.items()}
+
+
+@pytest.mark.parametrize("name", [
+    "missing data", "missing tokenizer", "damaged tokenizer", "wrong magic", "truncated shard", "header only",
+    "empty shard", "token id", "tokenizer of another size", "misspelt setting", "malformed setting", "sequence length",
+    "micro-batch", "world size", "missing artifact", "damaged artifact"])
+def test_bad_input_is_one_line_before_any_training(name, refused, bad_inputs):
+    run, (_, ranks, message) = refused[name], bad_inputs[name]
+    lines = [line for line in run.output.splitlines() if line.startswith("error: ")]
+    assert run.code != 0 and len(lines) == 1 and message in lines[0], run.output
+    if ranks == 1:
+        assert run.output.splitlines() == lines  # nothing else is said, no traceback
+    assert not run.folder.exists()
+
+
+def test_a_bad_token_beyond_the_start_up_sample_is_found_when_read(tmp_path):
+    write_shard(tmp_path / "fineweb_train_000000.bin", [1] * 50 + [99] + [1] * 50)
+    config = train_gpt.Config(data_path=str(tmp_path), train_seq_len=8, vocab_size=100)
+    stream = train_gpt.TokenStream(config, "train")
+    stream.config = train_gpt.dataclasses.replace(config, vocab_size=99)  # as if the sample had not reached it
+    stream.read(0, 50)
+    with pytest.raises(train_gpt.UserError, match="token id 99"):
+        stream.read(45, 10)
+
+
+# ---- The file itself
+
+
+def test_importing_starts_nothing(tmp_path):
+    code = (REPOSITORY / "train_gpt.py").read_text()
+    assert len(code.splitlines()) <= 1000 and len(code.encode()) <= 75_000
+    assert max(map(len, code.splitlines())) <= 120
+    third_party = set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)) - set(__import__("sys").stdlib_module_names)
+    assert third_party == {"numpy", "sentencepiece", "torch", "zstandard"}
+
+
+def test_a_copy_runs_from_a_records_folder(run_here, tmp_path, dataset, monkeypatch):
+    """The copy needs nothing of the repository: evaluate an artifact with it, elsewhere."""
+    trained = run_here(ITERATIONS=2)
+    monkeypatch.setattr("conftest.REPOSITORY", trained.folder)
+    run = run_process(tmp_path, TINY | dataset | dict(ARTIFACT=trained.folder / "artifact.bin", RUN_ID="copy"))
+    assert run.code == 0, run.output
+    assert run.submission["val_bpb"] == trained.submission["val_bpb"]
+
+
+# ---- GPU
+
+
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+class TestGPU:
+    pytestmark = needs_gpu
+
+    def test_bf16_agrees_with_fp32_on_the_cpu(self, dataset, compiled):
+        config = tiny_config(dataset)
+        model, tokens = random_model(config), torch.randint(config.vocab_size, (4, 32))
+        expected = train_gpt.token_nll(model, tokens, tokens)
+        gpu_model = train_gpt.GPT(train_gpt.dataclasses.replace(config, compute_dtype="bfloat16"))
+        gpu_model.load_state_dict(model.state_dict())
+        nll = torch.compile(train_gpt.token_nll) if compiled else train_gpt.token_nll
+        result = nll(gpu_model.cuda(), tokens.cuda(), tokens.cuda())
+        assert (result.cpu() - expected).abs().mean() < 0.03 * expected.mean()
+
+    def test_trains_and_evaluates(self, run_here, compiled):
+        run = run_here(DEVICE="cuda", COMPILE=int(compiled), COMPUTE_DTYPE="auto", ITERATIONS=30, EVAL_PLAIN=1)
+        assert run.losses[-1] < run.losses[0] - 0.5
+        assert abs(run.submission["val_bpb"] - run.events("swa")[0]["val_bpb"]) < 0.3
+
+
+def test_gpu_statistics_are_not_needed_without_one(dataset):
+    """make_run and settle work on a machine without CUDA, and choose what such a machine can do."""
+    config = train_gpt.settle(tiny_config(dataset, compute_dtype="auto", compile="auto", micro_batch_tokens=0),
+                              make_run(tiny_config(dataset)).dist)
+    assert (config.device, config.compile, config.micro_batch_tokens) == ("cpu", "0", 256)
+    assert config.compute_dtype in ("float32", "bfloat16")
