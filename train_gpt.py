@@ -6,9 +6,8 @@
     make demo                                                 # two CPU cores or one GPU, no data to download
 
 Settings are environment variables, all listed in Config. A run writes to logs/RUN_ID/: train.log, metrics.jsonl,
-train_gpt.py as it ran, artifact.bin, submission.json. The file reads in the order data flows: settings, distributed
-context, data, model, optimiser, schedule, training, averaging, artifact, evaluation, main. Model and recipe are those
-of openai/parameter-golf PR #264; where this script departs from that one, it says why.
+train_gpt.py as it ran, artifact.bin, submission.json. The file reads in the order data flows. Model and recipe are
+those of openai/parameter-golf PR #264; where this script departs from that one, it says why.
 
 Shapes: B sequences, T positions, D model_dim, H query heads, K key/value heads, E head_dim, V vocabulary,
         L sequence length, S stride of the scoring windows, C targets in a chunk, N targets in all.
@@ -16,26 +15,23 @@ Shapes: B sequences, T positions, D model_dim, H query heads, K key/value heads,
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
 import os
-import platform
 import re
 import struct
 import sys
 import time
+import timeit
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import sentencepiece as spm
 import torch
-import torch.distributed
 import torch.nn.functional as F
-import torch.utils.benchmark
 import zstandard
 from torch import Tensor, nn
 
@@ -45,11 +41,9 @@ from torch import Tensor, nn
 
 class UserError(Exception):
     """A problem the person who launched the run can fix: one line naming the thing, its value and the remedy."""
-
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run. Build it with Config.from_env(os.environ); Config() is the record configuration."""
-
     # Data and run
     data_path: str = "data/datasets/fineweb10B_sp1024"  # folder of fineweb_train_*.bin and fineweb_val_*.bin
     tokenizer_path: str = "data/tokenizers/fineweb_1024_bpe.model"  # SentencePiece model the shards were made with
@@ -119,16 +113,15 @@ class Config:
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Config:
         """Reads and checks every setting; raises UserError with all problems in one line."""
-        fields = {field.name.upper(): field for field in dataclasses.fields(cls)}
+        known = {field.name.upper(): type(field.default) for field in fields(cls)}
         values, problems = {}, []
         for name, text in env.items():
-            if name in fields:
-                accepted, parse = PARSERS[type(fields[name].default)]
+            if name in known:
                 try:
-                    values[name.lower()] = parse(text)
+                    values[name.lower()] = PARSERS[known[name]](text)
                 except (ValueError, KeyError):
-                    problems.append(f"{name}={text!r}: must be {accepted}")
-            elif near := next((known for known in fields if within_two_edits(name, known)), None):
+                    problems.append(f"{name}={text!r}: must be {ACCEPTED[known[name]]}")
+            elif near := next((setting for setting in known if within_edits(name, setting, 2)), None):
                 problems.append(f"{name}={text!r} is no setting, did you mean {near}? If another program's, unset it")
         config = cls(**values)
         if problems := problems + config.problems():
@@ -140,48 +133,39 @@ class Config:
         rules = [(name, 0 < value < math.inf, "must be positive") if name in MUST_BE_POSITIVE else
                  (name, (-1 if name == "ttt_max_chunks" else 0) <= value < math.inf, "must not be negative")
                  for name, value in vars(self).items() if isinstance(value, (int, float))]
-        length, of_length = self.train_seq_len, f"must be a multiple of TRAIN_SEQ_LEN={self.train_seq_len}"
         if all(holds for _, holds, _ in rules):  # the rest divides by these
+            length = self.train_seq_len
+            rules += [(name, getattr(self, name) % length == 0, f"must be a multiple of TRAIN_SEQ_LEN={length}")
+                      for name in ("train_batch_tokens", "micro_batch_tokens", "ttt_chunk_tokens")]
+            rules += [(name, getattr(self, name) < 1, "must be below 1") for name in ("muon_momentum", "ttt_momentum")]
+            rules += [(name, getattr(self, name) in some, f"must be one of {some}") for name, some in CHOICES.items()]
             rules += [
                 ("vocab_size", self.vocab_size <= 65536, "must be at most 65536, shards hold uint16 tokens"),
                 ("model_dim", self.model_dim % (2 * self.num_heads) == 0, "must be an even multiple of NUM_HEADS"),
                 ("num_heads", self.num_heads % self.num_kv_heads == 0, "must be a multiple of NUM_KV_HEADS"),
                 ("mlp_mult", self.mlp_mult * self.model_dim >= 1, "leaves the MLP without hidden units"),
                 ("bigram_vocab_size", self.bigram_vocab_size >= 2, "must be at least 2"),
-                ("embed_bits", self.embed_bits in (6, 8, 16), "must be 6, 8 or 16"),
-                ("train_batch_tokens", self.train_batch_tokens % length == 0, of_length),
-                ("micro_batch_tokens", self.micro_batch_tokens % length == 0, of_length),
-                ("ttt_chunk_tokens", self.ttt_chunk_tokens % length == 0, of_length),
                 ("eval_stride", length % self.eval_stride == 0, f"must divide TRAIN_SEQ_LEN={length}"),
                 ("max_val_tokens", not 0 < self.max_val_tokens < length, f"must be 0 or at least {length}, a sequence"),
-                ("muon_momentum", self.muon_momentum < 1, "must be below 1"),
-                ("ttt_momentum", self.ttt_momentum < 1, "must be below 1"),
-                ("device", self.device in ("auto", "cuda", "cpu"), "must be auto, cuda or cpu"),
-                ("compute_dtype", self.compute_dtype in ("auto", *DTYPES), "must be auto, bfloat16 or float32"),
-                ("compile", self.compile in ("auto", "0", "1"), "must be auto, 0 or 1"),
                 ("run_id", re.fullmatch(r"[\w.+-]*", self.run_id), "may hold letters, digits and . _ + - only"),
             ]
         return [f"{name.upper()}={getattr(self, name)}: {rule}" for name, holds, rule in rules if not holds]
 
-    @property
-    def seqs_per_step(self) -> int:
-        return self.train_batch_tokens // self.train_seq_len
-
-PARSERS = {str: ("text", str), int: ("a whole number", int), float: ("a number", float),
-           bool: ("0 or 1", {"0": False, "1": True}.__getitem__)}
+PARSERS = {str: str, int: int, float: float, bool: {"0": False, "1": True}.__getitem__}
+ACCEPTED = {int: "a whole number", float: "a number", bool: "0 or 1"}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+CHOICES = dict(device=("auto", "cuda", "cpu"), compute_dtype=("auto", *DTYPES), compile=("auto", "0", "1"),
+               embed_bits=(6, 8, 16))
 MUST_BE_POSITIVE = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult bigram_dim logit_softcap rope_base
     train_seq_len train_batch_tokens iterations val_batch_size train_log_every muon_backend_steps swa_every
     max_artifact_bytes eval_stride eval_batch_seqs ttt_chunk_tokens""".split()
 
-def within_two_edits(a: str, b: str) -> bool:
-    """Whether at most two insertions, deletions or substitutions turn a into b (Levenshtein distance)."""
-    row = range(len(b) + 1)  # row[j]: edits from what is seen of a to b[:j]
-    for i, x in enumerate(a, 1):
-        previous, row = row, [i]
-        for j, y in enumerate(b, 1):
-            row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (x != y)))
-    return row[-1] <= 2
+def within_edits(a: str, b: str, edits: int) -> bool:
+    """Whether at most so many insertions, deletions or substitutions turn a into b (Levenshtein distance)."""
+    while a and b and a[0] == b[0]:
+        a, b = a[1:], b[1:]
+    tries = ((a[1:], b[1:]), (a[1:], b), (a, b[1:])) if edits and (a or b) else ()
+    return a == b or any(within_edits(x, y, edits - 1) for x, y in tries)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Distributed context and log: the only code that knows of ranks. Every method does the right thing at world size 1, so
@@ -189,7 +173,6 @@ def within_two_edits(a: str, b: str) -> bool:
 
 class Dist:
     """The ranks of a run: who we are, our device, and the few collectives the run needs."""
-
     def __init__(self, device: str = "cpu", env: Mapping[str, str] = {}):
         names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))  # torchrun's
         self.rank, self.world_size, local_rank, local_size = (int(env.get(name, default)) for name, default in names)
@@ -199,7 +182,7 @@ class Dist:
         self.device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
         if on_gpu:
             torch.cuda.set_device(self.device)
-        else:  # torchrun sets OMP_NUM_THREADS=1, which would leave cores idle
+        else:  # torchrun sets OMP_NUM_THREADS=1, which leaves cores idle
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
         if self.world_size > 1:  # gloo beside nccl: what hosts decide travels between hosts, past the GPUs
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
@@ -227,23 +210,18 @@ class Dist:
             torch.cuda.synchronize()
         return self.from_master(time.perf_counter())
 
-    def close(self) -> None:
-        if self.world_size > 1:
-            torch.distributed.destroy_process_group()
-
     def weight_digests(self, model: nn.Module) -> str:
         """The start of the SHA-256 of the exact weights, for each rank; raises RuntimeError unless all are equal."""
-        digest = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())).hexdigest()
-        digests = [digest[:16]] * self.world_size
+        weights = b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())
+        digests = [hashlib.sha256(weights).hexdigest()[:16]] * self.world_size
         if self.world_size > 1:
-            torch.distributed.all_gather_object(digests, digest[:16])
+            torch.distributed.all_gather_object(digests, digests[0])
         if len(set(digests)) > 1:
             raise RuntimeError(f"the ranks hold different weights: {digests}")
         return " ".join(digests)
 
 class Log:
     """Lines for people (console, train.log) and records for programs (metrics.jsonl); without a folder, nothing."""
-
     def __init__(self, folder: Path | None):
         self.folder, self.start = folder, time.perf_counter()
         if folder:
@@ -253,17 +231,15 @@ class Log:
     def __call__(self, line: str = "", *, console: bool = True, **record) -> None:
         if self.folder and line:
             print(line, file=self.text)
-            if console:
-                print(line, flush=True)
+        if self.folder and line and console:
+            print(line, flush=True)
         if self.folder and record:
             print(json.dumps({**record, "since_start_s": time.perf_counter() - self.start}), file=self.records)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: shards are a 1024-byte header (256 little-endian int32: magic, version, token count, zeros) and uint16 tokens.
-# They are memory-mapped, never read whole. Which tokens a step trains on is arithmetic on the step number: the global
-# batch does not depend on the world size, and there is no position to save. Sequences cross document boundaries, as in
-# the challenge's baseline.
-
+# They are memory-mapped, never read whole. Which tokens a step trains on is arithmetic on its number: the global batch
+# does not depend on the world size. Sequences cross document boundaries, as in the challenge's baseline.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 GET_DATA = "make shards with 'python data/build_dataset.py', or set DATA_PATH and TOKENIZER_PATH to yours"
 
@@ -278,21 +254,21 @@ def open_shard(path: Path, vocab_size: int) -> np.ndarray:
     check_ids(tokens[: 1 << 24], vocab_size, path)
     return tokens
 
-def check_ids(tokens: np.ndarray, vocab_size: int, source: Path) -> None:
+def check_ids(tokens: np.ndarray, vocab_size: int, source: Path) -> np.ndarray:
     if (highest := int(tokens.max())) >= vocab_size:
         raise UserError(f"{source}: token id {highest} is beyond VOCAB_SIZE={vocab_size}: use the shards' own value")
+    return tokens
 
 class TokenStream:
     """The tokens of all shards of a split ("train" or "val"), in name order, as one sequence without end."""
-
     def __init__(self, config: Config, split: str):
         self.config, self.folder = config, Path(config.data_path)
         self.shards = [open_shard(p, config.vocab_size) for p in sorted(self.folder.glob(f"fineweb_{split}_*.bin"))]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.num_tokens = sum(map(len, self.shards))
         if self.num_tokens <= config.train_seq_len:
-            raise UserError(f"DATA_PATH={self.folder}: {len(self.shards)} files fineweb_{split}_*.bin, {self.num_tokens} "
-                            f"tokens, less than a sequence of {config.train_seq_len}: {GET_DATA}")
+            raise UserError(f"DATA_PATH={self.folder}: {self.num_tokens} tokens in {len(self.shards)} fineweb_{split}_*"
+                            f".bin, less than a sequence of {config.train_seq_len}: {GET_DATA}")
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count) as uint16, starting over after the last one."""
@@ -302,18 +278,14 @@ class TokenStream:
             index = int(np.searchsorted(self.ends, position, side="right"))
             parts.append(self.shards[index][position - self.ends[index] :][:count])  # offset from the shard's end
             start, count = start + len(parts[-1]), count - len(parts[-1])
-        tokens = np.concatenate(parts)
-        check_ids(tokens, self.config.vocab_size, self.folder)
-        return tokens
+        return check_ids(np.concatenate(parts), self.config.vocab_size, self.folder)
 
     def micro_batches(self, step: int, dist: Dist) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's share of the step's global batch: inputs and targets, int64 [micro_batch_tokens / L, L] each.
 
-        Sequence q covers tokens [qL, qL + L]; step s holds sequences [s n, (s + 1) n), n = seqs_per_step, dealt to the
-        ranks in blocks.
-        """
-        length, per_rank = self.config.train_seq_len, self.config.seqs_per_step // dist.world_size
-        first = step * self.config.seqs_per_step + dist.rank * per_rank
+        Sequence q covers tokens [qL, qL + L]; step s holds sequences [s n, (s + 1) n), dealt to the ranks in blocks."""
+        length, seqs = self.config.train_seq_len, self.config.train_batch_tokens // self.config.train_seq_len
+        first, per_rank = step * seqs + dist.rank * (seqs // dist.world_size), seqs // dist.world_size
         for sequence in range(first, first + per_rank, self.config.micro_batch_tokens // length):
             tokens = self.read(sequence * length, self.config.micro_batch_tokens + 1)
             tokens = torch.from_numpy(tokens.astype(np.int64)).to(dist.device)
@@ -321,7 +293,6 @@ class TokenStream:
 
 class TokenBytes:
     """Bytes of text that each token stands for, so that the score does not depend on the tokenizer."""
-
     def __init__(self, tokenizer: spm.SentencePieceProcessor):
         ids = range(tokenizer.vocab_size())
         pieces = [tokenizer.id_to_piece(i) for i in ids]
@@ -335,10 +306,8 @@ class TokenBytes:
     def count(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes of the targets tokens[1:], each given the token before it: int [N + 1] -> int64 [N].
 
-        A piece counts its UTF-8 bytes; a leading U+2581 is one space, unless a control token (a document's start) comes
-        before it, where decoding drops it; a byte token is one byte, a control token none. The sum is the length of the
-        decoded text, that is of the text after the tokenizer's own normalisation.
-        """
+        A piece counts its UTF-8 bytes; a leading U+2581 is a space, or nothing behind a control token, where decoding
+        drops it; a byte token is one byte, a control token none. The sum is the length of the normalised text."""
         previous, target = tokens[:-1], tokens[1:]
         return self.base[target] + (self.leading_space[target] & ~self.control[previous])
 
@@ -349,8 +318,7 @@ def load_tokenizer(config: Config) -> spm.SentencePieceProcessor:
     except (RuntimeError, OSError) as error:
         raise UserError(f"TOKENIZER_PATH={config.tokenizer_path}: no SentencePiece model there: {GET_DATA}") from error
     if (size := tokenizer.vocab_size()) != config.vocab_size:
-        raise UserError(f"TOKENIZER_PATH={config.tokenizer_path} has {size} tokens, VOCAB_SIZE={config.vocab_size}: use "
-                        "those that belong to the shards")
+        raise UserError(f"{config.tokenizer_path} has {size} tokens, VOCAB_SIZE={config.vocab_size}: set the shards'")
     return tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -361,8 +329,7 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 class Linear(nn.Linear):
-    """y = x W^T with the fp32 master weight cast to the input's dtype."""
-
+    """y = x W^T without bias, the fp32 master weight cast to the input's dtype."""
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
 
@@ -370,11 +337,7 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 class BigramHash(nn.Module):
-    """What the last two tokens say together: a hashed table of bigrams, projected to the model's width (PR #264).
-
-    Table and projection must not both start at zero, or neither would ever receive a gradient.
-    """
-
+    """What the last two tokens say together: a hashed table of bigrams, projected to the model's width (PR #264)."""
     def __init__(self, config: Config):
         super().__init__()
         self.buckets = config.bigram_vocab_size - 1  # the last row is for position 0, which has no bigram
@@ -392,7 +355,6 @@ class BigramHash(nn.Module):
 
 class SmearGate(nn.Module):
     """Blends each position with the one before it, by a learned share per dimension (modded-nanogpt; PR #264)."""
-
     def __init__(self, dim: int):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(dim))  # sigmoid(0): half and half
@@ -403,7 +365,6 @@ class SmearGate(nn.Module):
 
 class Attention(nn.Module):
     """Causal grouped-query attention (arXiv:2305.13245), q and k normalised, RoPE (arXiv:2104.09864), query gain."""
-
     def __init__(self, config: Config):
         super().__init__()
         self.heads, self.kv_heads, dim = config.num_heads, config.num_kv_heads, config.model_dim
@@ -427,7 +388,6 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 class MLP(nn.Module):
     """proj(relu(fc(x))^2): squared ReLU (Primer, arXiv:2109.08668)."""
-
     def __init__(self, config: Config):
         super().__init__()
         hidden = int(config.mlp_mult * config.model_dim)
@@ -438,7 +398,6 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """Mixes the residual stream x with the embedding x0, then adds attention and MLP, each scaled per dimension."""
-
     def __init__(self, config: Config):
         super().__init__()
         ones = torch.ones(config.model_dim)
@@ -453,11 +412,8 @@ class Block(nn.Module):
         return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x))
 
 class GPT(nn.Module):
-    """The language model: model(tokens [B, T] int64) -> logits [B, T, V] fp32, soft-capped; T <= train_seq_len.
-
-    U-Net skips join the first half of the blocks to the second in reverse order. Input and output embedding are tied.
-    """
-
+    """The language model: model(tokens [B, T] int64) -> logits [B, T, V] fp32, soft-capped; T at most train_seq_len.
+    U-Net skips join the first half of the blocks to the second, last to first. Input and output embedding are tied."""
     def __init__(self, config: Config):
         super().__init__()
         self.config, self.dtype = config, DTYPES.get(config.compute_dtype, torch.float32)
@@ -477,8 +433,7 @@ class GPT(nn.Module):
         """Orthogonal matrices (arXiv:1312.6120), zero output projections, small embeddings; the rest as declared above.
 
         PR #264 meant to scale output projections by 1/sqrt(2 * layers), but those start at zero, so of all matrices the
-        factor only ever reached the bigram projection. It stays there, and only there, at any size.
-        """
+        factor only ever reached the bigram projection, which must not be zero: it and its table would never move."""
         nn.init.normal_(self.tok_emb.weight, std=0.005)
         nn.init.zeros_(self.bigram.embed.weight)
         nn.init.orthogonal_(self.bigram.proj.weight, gain=1 / math.sqrt(2 * self.config.num_layers))
@@ -511,7 +466,6 @@ def token_nll(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
 
 class FlatGradients:
     """All gradients of a model in one buffer: zeroing, summing over ranks and clipping are one operation each."""
-
     def __init__(self, model: nn.Module):
         parameters = list(model.parameters())
         self.flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
@@ -525,11 +479,8 @@ class FlatGradients:
             self.flat.mul_((max_norm / (self.flat.norm() + 1e-6)).clamp(max=1.0))
 
 def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
-    """Moves the singular values of each matrix [..., M, N] near 1 (0.7 to 1.2 after 5 steps): same shape, other dtype.
-
-    Quintic iteration of Muon (Keller Jordan et al., kellerjordan.github.io/posts/muon). bf16 is precise enough, and
-    fast on GPUs; most CPUs have no fast bf16.
-    """
+    """Moves the singular values of each matrix [..., M, N] near 1 (0.7 to 1.2 after 5 steps), in bf16 on GPUs: the
+    quintic iteration of Muon (Keller Jordan et al., kellerjordan.github.io/posts/muon)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices  # the Gram matrix below is then the smaller one
@@ -542,11 +493,8 @@ def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose update is orthogonalised, with decoupled weight decay; for 2-D parameters only.
-
     W <- (1 - lr * weight_decay) * W - lr * sqrt(max(1, rows / cols)) * newton_schulz(g + momentum * buffer).
-    Matrices of one shape are orthogonalised together, and each rank does its share of them.
-    """
-
+    Matrices of one shape are orthogonalised together, and each rank does its share of them."""
     def __init__(self, params, lr: float, momentum: float, weight_decay: float = 0.0, steps: int = 5, *, dist=None):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps))
         self.dist = dist or Dist()
@@ -594,7 +542,6 @@ def build_optimizers(model: GPT, config: Config, dist: Dist) -> list[torch.optim
 # Schedule: pure functions of the step and of the training seconds that all ranks share; whichever budget is nearer its
 # end decides. The shares of the budget are those of PR #264's own run (3000 and 1500 of its 5197 steps), so that the
 # schedule keeps its shape on slower machines and in small runs.
-
 WARMDOWN_MAX_SHARE, MOMENTUM_WARMUP_MAX_SHARE = 0.58, 0.29
 
 def lr_factor(step: int, elapsed_s: float, config: Config) -> float:
@@ -621,7 +568,6 @@ def muon_momentum(step: int, elapsed_s: float, config: Config) -> float:
 @dataclass
 class Run:
     """What every stage of a run needs."""
-
     config: Config
     dist: Dist
     log: Log
@@ -630,10 +576,7 @@ class Run:
     grads: FlatGradients
 
 def train_step(run: Run, stream: TokenStream, optimizers: list, step: int, schedule: tuple[float, float]) -> Tensor:
-    """One optimiser step on the step's global batch; schedule: (LR factor, Muon momentum).
-
-    Returns this rank's share of the mean loss in nats, fp32 [], without waiting for the device.
-    """
+    """One optimiser step; schedule: LR factor, Muon momentum. Returns this rank's part of the mean loss, fp32 []."""
     loss = torch.zeros((), device=run.dist.device)
     run.grads.flat.zero_()
     for inputs, targets in stream.micro_batches(step, run.dist):
@@ -653,8 +596,7 @@ def train(run: Run, stream: TokenStream, optimizers: list, validate: Callable[..
     """Trains until the steps or the seconds are used up; returns the average of the weights and how far it came.
 
     validate(title, **record) runs outside the training time. No step starts that would end after the limit, judged by
-    the longest of the last steps.
-    """
+    the longest of the last steps."""
     config, limit, average = run.config, run.config.max_wallclock_seconds, WeightAverage(run.model)
     step, elapsed, step_s, start = 0, 0.0, [0.0], run.dist.now()  # start moves on by what is not training
     while step < config.iterations and not 0 < limit < elapsed + max(step_s[-10:]):
@@ -673,17 +615,14 @@ def train(run: Run, stream: TokenStream, optimizers: list, validate: Callable[..
             run.log(f"step:{step}/{config.iterations} train_loss:{loss:.4f} train_time:{1000 * elapsed:.0f}ms "
                     f"step_avg:{1000 * elapsed / step:.2f}ms", event="train", step=step, train_loss=loss,
                     train_s=elapsed, lr_factor=factor, muon_momentum=momentum)
-    progress = dict(step=step, train_s=elapsed)
-    validate(f"step:{step}/{config.iterations}", event="val", **progress)
+    validate(f"step:{step}/{config.iterations}", event="val", **(progress := dict(step=step, train_s=elapsed)))
     return average, progress
 
 def warm_up(run: Run, stream: TokenStream | None, optimizers: list, evaluator: Evaluator) -> None:
     """Compiles and tunes everything the run will execute, then restores weights and optimiser state bit for bit.
 
-    Training steps run on training tokens, scoring and adapting on random ones: nothing is learnt, and no validation
-    token is seen. The position in the data needs no restoring, it is a function of the step. Without a stream
-    (ARTIFACT=...) only the evaluation is warmed up.
-    """
+    Training steps run on training tokens (without a stream, for ARTIFACT=..., there are none), scoring and adapting on
+    random ones: no validation token is seen. The position in the data is a function of the step, nothing to restore."""
     saved = [parameter.detach().clone() for parameter in run.model.parameters()]
     for step in range(run.config.warmup_steps if stream else 0):
         train_step(run, stream, optimizers, step, (1.0, run.config.muon_momentum_warmup_start))
@@ -700,10 +639,7 @@ def warm_up(run: Run, stream: TokenStream | None, optimizers: list, evaluator: E
 
 class WeightAverage:
     """Uniform mean of weights along the end of training (SWA, arXiv:1803.05407), summed in fp32 on the device.
-
-    PR #264 added bf16 parameters up in bf16, which loses more than averaging gains.
-    """
-
+    PR #264 added bf16 parameters up in bf16, which loses more than averaging gains."""
     def __init__(self, model: nn.Module):
         self.parameters, self.count = list(model.parameters()), 0
         self.sums = [torch.zeros_like(p) for p in self.parameters]
@@ -723,7 +659,6 @@ class WeightAverage:
 # Artifact: a file that needs only this script and the tokenizer. Magic, version, length, SHA-256, then one zstd frame
 # of a JSON header (model settings, table of tensors) and raw little-endian tensors: nothing to execute, no pickle.
 # Matrices are int5 (MLP) or int6 with one fp16 scale a row, in int8 bytes; zstd finds the unused bits.
-
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFGPT", 1
 ARTIFACT_HEAD = struct.Struct("<8sIQ")  # magic, version, bytes of the body once decompressed; SHA-256 follows
 MODEL_SETTINGS = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult bigram_vocab_size bigram_dim
@@ -748,10 +683,8 @@ def tensor_table(config: Config) -> list[list]:
 def quantize(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Symmetric per-row rounding: fp32 [R, C] -> int8 [R, C] within bits, fp16 scale [R].
 
-    The error is at most half a scale, plus what fp16's rounding of the scale cuts off the row's largest weight.
-    PR #264 kept the scale of the tied embedding at 1/127 or more, which left small rows a fraction of their levels; a
-    row of zeros needs no floor, only no division.
-    """
+    The error is at most half a scale, plus what fp16's rounding of the scale cuts off the row's largest weight. PR #264
+    floored scales at 1/127, which left small rows few levels; a row of zeros needs no floor, only no division."""
     highest = 2 ** (bits - 1) - 1
     scale = (matrix.abs().amax(dim=1) / highest).half()
     divisor = torch.where(scale > 0, scale, 1).float()[:, None]
@@ -760,8 +693,7 @@ def quantize(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def encode_artifact(state_dict: Mapping[str, Tensor], config: Config) -> bytes:
     """The artifact of these weights (fp32, on any device). Raises UserError if a weight is not finite in storage."""
     table, values, scales = tensor_table(config), [], []
-    header = dict(config={name: getattr(config, name) for name in MODEL_SETTINGS}, tensors=table)
-    header = json.dumps(header, separators=(",", ":")).encode()
+    header = json.dumps(dict(config={name: getattr(config, name) for name in MODEL_SETTINGS}, tensors=table)).encode()
     for name, shape, bits in table:
         tensor = state_dict[name].detach().float().cpu()
         assert list(tensor.shape) == shape, (name, tensor.shape, shape)
@@ -777,11 +709,9 @@ def encode_artifact(state_dict: Mapping[str, Tensor], config: Config) -> bytes:
 def decode_artifact(data: bytes) -> tuple[Config, dict[str, Tensor]]:
     """Model settings and fp32 weights of an artifact. Raises UserError, before it allocates, if anything is off."""
     head, checksum, frame = data[: ARTIFACT_HEAD.size], data[ARTIFACT_HEAD.size :][:32], data[ARTIFACT_HEAD.size + 32 :]
-    if not frame or data[:8] != ARTIFACT_MAGIC:
-        raise UserError(f"not an artifact: {len(data)} bytes, {data[:8]!r} first: give the artifact.bin of a run")
-    _, version, size = ARTIFACT_HEAD.unpack(head)
-    if version != ARTIFACT_VERSION:
-        raise UserError(f"artifact version {version}, this script reads {ARTIFACT_VERSION}: use the one that wrote it")
+    magic, version, size = ARTIFACT_HEAD.unpack(head.ljust(ARTIFACT_HEAD.size, b"\0"))
+    if magic != ARTIFACT_MAGIC or version != ARTIFACT_VERSION:
+        raise UserError(f"artifact version {version}, {magic!r}: give an artifact.bin to the script that wrote it")
     if hashlib.sha256(head + frame).digest() != checksum:
         raise UserError(f"artifact of {len(data)} bytes fails its checksum, it was cut or damaged: copy it again")
     try:
@@ -791,17 +721,17 @@ def decode_artifact(data: bytes) -> tuple[Config, dict[str, Tensor]]:
         start = 4 + struct.unpack_from("<I", body)[0]
         header = json.loads(body[4:start])
         settings = {name: type(getattr(Config, name))(header["config"][name]) for name in MODEL_SETTINGS}
-        config, length = dataclasses.replace(Config(), **settings), settings["train_seq_len"]
+        config, length = replace(Config(), **settings), settings["train_seq_len"]
         fitting = dict(train_batch_tokens=length, ttt_chunk_tokens=length, eval_stride=length)  # not the file's to say
-        if problems := dataclasses.replace(config, **fitting).problems():
+        if problems := replace(config, **fitting).problems():
             raise ValueError("; ".join(problems))
         if config.num_layers > len(header["tensors"]) or header["tensors"] != (table := tensor_table(config)):
             raise ValueError("other tensors than its settings imply")
         sizes = [math.prod(shape) * (2 if bits == 16 else 1) for _, shape, bits in table]
         rows = [0 if bits == 16 else shape[0] for _, shape, bits in table]
-        if start + sum(sizes) + 2 * sum(rows) != size:
-            raise ValueError(f"{size} bytes where its tensors need {start + sum(sizes) + 2 * sum(rows)}")
-    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError, struct.error, zstandard.ZstdError) as e:
+        if size != (needed := start + sum(sizes) + 2 * sum(rows)):
+            raise ValueError(f"{size} bytes where its tensors need {needed}")
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, struct.error, zstandard.ZstdError) as e:
         raise UserError(f"artifact is inconsistent ({e}): use the train_gpt.py that wrote it") from e
     state, scale_start = {}, start + sum(sizes)
     for (name, shape, bits), count, num_rows in zip(table, sizes, rows):
@@ -812,21 +742,19 @@ def decode_artifact(data: bytes) -> tuple[Config, dict[str, Tensor]]:
     return config, state
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluation: score, then adapt. The score is bits per byte over the validation split: each target is predicted once,
-# from up to L tokens before it. The split is taken in chunks of C targets, in order. A chunk is scored with weights
-# that have seen nothing but the artifact and earlier chunks; only then may SGD train on it. So the distribution for a
-# token depends only on the artifact and on tokens before it, is normalised over the vocabulary, and is final before
-# any update that uses the token: the challenge's four conditions (openai/parameter-golf issues #402, #677, #1017).
-# The chunked form is PR #549's; PR #264 trained on the whole split first and scored text the model had already seen.
+# Evaluation: score, then adapt. Each target is predicted once, from up to L tokens before it. The split is taken in
+# chunks of C targets, in order. A chunk is scored with weights that have seen nothing but the artifact and earlier
+# chunks; only then may SGD train on it. So the distribution for a token depends only on the artifact and on tokens
+# before it, is normalised over the vocabulary, and is final before any update that uses the token: the challenge's four
+# conditions (openai/parameter-golf issues #402, #677, #1017). The chunked form is PR #549's; PR #264 trained on the
+# whole split first and scored text the model had already seen.
 
 def sliding_windows(num_targets: int, seq_len: int, stride: int) -> np.ndarray:
     """Windows that score each of num_targets targets once: int64 [W, 3], in order of their starts.
 
-    Columns: start (inputs are tokens [start, start + seq_len)), first scored target, end of the scored targets
-    (exclusive). The first window scores all its targets, each later one only the last stride of a full window, which
-    then have at least seq_len - stride tokens of context; the last window may be shorter than seq_len. Target p is
-    token p + 1. With stride = seq_len the windows do not overlap.
-    """
+    Columns: start (inputs are tokens [start, start + seq_len)), first scored target, end of the scored targets. Target
+    p is token p + 1. The first window scores all its targets, each later one only those from start + seq_len - stride
+    on, which have that much context; the last may be cut short. With stride = seq_len the windows do not overlap."""
     starts = np.arange(0, max(num_targets - seq_len + stride, min(num_targets, 1)), stride, dtype=np.int64)
     first = np.where(starts == 0, 0, starts + seq_len - stride)
     return np.stack((starts, first, np.minimum(starts + seq_len, num_targets)), axis=1)
@@ -834,15 +762,12 @@ def sliding_windows(num_targets: int, seq_len: int, stride: int) -> np.ndarray:
 def plan_chunks(num_targets: int, seq_len: int, stride: int, chunk_tokens: int) -> list[np.ndarray]:
     """The windows of each chunk, in order: every window belongs to the chunk of its *first* scored target.
 
-    The first, because chunk i is trained on targets up to (i + 1) C: a window placed by its last target could be scored
-    after the start of what it scores was trained on.
-    """
+    Not its last: chunk i is trained on targets up to (i + 1) C, before windows that end beyond them were scored."""
     windows = sliding_windows(num_targets, seq_len, stride)
     return np.split(windows, np.flatnonzero(np.diff(windows[:, 1] // chunk_tokens)) + 1)
 
 class Evaluator:
     """Scores the model of a run on the validation tokens, with and without adaptation."""
-
     def __init__(self, run: Run, tokens: np.ndarray, token_bytes: TokenBytes):
         """tokens: the split, integers [more than L]. It is trimmed to whole sequences, as the baseline does."""
         self.run, self.config, length = run, run.config, run.config.train_seq_len
@@ -850,12 +775,11 @@ class Evaluator:
         self.num_targets = min(self.full_targets, self.config.max_val_tokens // length * length or self.full_targets)
         tokens = tokens[: self.num_targets + 1]
         self.bytes_before = np.concatenate(([0], np.cumsum(token_bytes.count(tokens))))  # [N + 1]
-        # Zeros behind the end: the last windows read them as inputs, after everything they score.
-        self.tokens = F.pad(torch.from_numpy(tokens.astype(np.int32)), (0, length)).to(run.dist.device)
+        padded = F.pad(torch.from_numpy(tokens.astype(np.int32)), (0, length))  # inputs behind all that is scored
+        self.tokens = padded.to(run.dist.device)
         self.offsets = torch.arange(length, device=run.dist.device)
-        # Fixed batch shapes, so that each graph is compiled once.
         world_size, chunk_seqs = run.dist.world_size, self.config.ttt_chunk_tokens // length
-        self.val_rows = max(1, self.config.val_batch_size // (length * world_size))
+        self.val_rows = max(1, self.config.val_batch_size // (length * world_size))  # fixed shapes: each compiles once
         self.adapt_rows = max(1, min(-(-chunk_seqs // world_size), self.config.micro_batch_tokens // length))
         self.epochs = self.config.ttt_epochs if self.config.ttt_enabled else 0
 
@@ -872,10 +796,8 @@ class Evaluator:
 
     @torch.no_grad()
     def score(self, windows: np.ndarray, rows: int) -> np.ndarray:
-        """Nats of the targets that consecutive windows score, with the current weights: fp32 [targets] on every rank.
-
-        windows: int64 [W, 3] of sliding_windows, shared over the ranks and taken `rows` at a time.
-        """
+        """Nats of the targets that consecutive windows (int64 [W, 3] of sliding_windows) score with the current
+        weights: fp32 [targets], on every rank. The ranks share the windows and take `rows` at a time."""
         dist, begin, count = self.run.dist, int(windows[0, 1]), int(windows[-1, 2] - windows[0, 1])
         nats = torch.zeros(count + 1, device=dist.device)  # the last slot takes what is context or padding
         mine = dist.mine(windows)
@@ -888,10 +810,8 @@ class Evaluator:
         return dist.sum_(nats[:count]).cpu().numpy()
 
     def adapt(self, first: int, end: int, optimizer: torch.optim.Optimizer) -> None:
-        """One SGD step on the mean loss of targets [first, end), all of which must be scored already.
-
-        The sequences are shared over ranks and micro-batches; the step is the same however many there are.
-        """
+        """One SGD step on the mean loss of targets [first, end), all of them scored already; the same for any number of
+        ranks and micro-batches, which share the sequences."""
         rows, length = self.adapt_rows, self.config.train_seq_len
         mine = self.run.dist.mine(np.arange(first, end, length))
         self.run.grads.flat.zero_()
@@ -914,18 +834,12 @@ class Evaluator:
             if trains:
                 nll.sum().backward()
 
-    def validate(self) -> np.ndarray:
-        """The plain loss between training steps, no overlap and no adaptation: nats fp32 [N]."""
-        length = self.config.train_seq_len
-        return self.score(sliding_windows(self.num_targets, length, length), self.val_rows)
-
     def score_then_adapt(self, epochs: int, start: float) -> tuple[np.ndarray, int]:
         """The pass over the split: score a chunk, then take `epochs` SGD steps on it, then go to the next.
 
         Returns nats fp32 [N] and the number of chunks adapted on; leaves the model adapted. The last chunk is scored
-        and never trained, nothing is left to score. Scoring is never cut; adaptation stops for good, by rank 0's clock,
-        once another adaptation and scoring what is left would end later than EVAL_MAX_SECONDS after start (dist.now()).
-        """
+        and never trained, nothing is left to score. Scoring is never cut; adaptation stops for good once another chunk
+        of it, and scoring the rest, would end later than EVAL_MAX_SECONDS after start (a dist.now())."""
         config, log, size = self.config, self.run.log, self.config.ttt_chunk_tokens
         chunks = plan_chunks(self.num_targets, config.train_seq_len, config.eval_stride, size)
         last_of_split = max(1, -(-self.full_targets // size) - 1)  # also for a prefix, whose scores must be the same
@@ -939,21 +853,20 @@ class Evaluator:
             bpb = self.loss_and_bpb(nats[:scored])[1]
             log(f"eval_chunk:{index + 1}/{len(chunks)} running_bpb:{bpb:.4f} eval_time:{1000 * now:.0f}ms",
                 event="score", chunk=index, first=begin, end=end, running_bpb=bpb, eval_s=now)
-            if not adapting or not left:
-                continue
+            adapting = adapting and left > 0
             projected = now + max(adapt_s, default=0.0) + left * (now - sum(adapt_s)) / (index + 1)
-            if index == config.ttt_max_chunks or 0 < config.eval_max_seconds < projected:
+            if adapting and (index == config.ttt_max_chunks or 0 < config.eval_max_seconds < projected):
                 log(f"adaptation stops before chunk {index}, {projected:.0f} s projected of EVAL_MAX_SECONDS="
                     f"{config.eval_max_seconds:g}; to replay: TTT_MAX_CHUNKS={index} EVAL_MAX_SECONDS=0",
                     event="adapt_stop", chunk=index)
                 adapting = False
-                continue
-            first, end = index * size, min((index + 1) * size, self.num_targets)
-            sgd.param_groups[0]["lr"] = lr = config.ttt_lr * (1 + math.cos(math.pi * index / last_of_split)) / 2
-            for _ in range(epochs):
-                self.adapt(first, end, sgd)
-            adapt_s.append(self.run.dist.now() - start - now)
-            log(event="adapt", chunk=index, first=first, end=end, lr=lr, epochs=epochs, seconds=adapt_s[-1])
+            if adapting:
+                first, end = index * size, min((index + 1) * size, self.num_targets)
+                sgd.param_groups[0]["lr"] = lr = config.ttt_lr * (1 + math.cos(math.pi * index / last_of_split)) / 2
+                for _ in range(epochs):
+                    self.adapt(first, end, sgd)
+                adapt_s.append(self.run.dist.now() - start - now)
+                log(event="adapt", chunk=index, first=first, end=end, lr=lr, epochs=epochs, seconds=adapt_s[-1])
         return nats, len(adapt_s)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -961,56 +874,48 @@ class Evaluator:
 
 def load_artifact(path: str | Path, dist: Dist) -> tuple[Config, dict[str, Tensor]]:
     """Reads an artifact from rank 0's disk, on all ranks."""
-    data = b""
-    if dist.is_master:
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise UserError(f"ARTIFACT={path}: {error.strerror}; give the artifact.bin of a finished run") from error
-    return decode_artifact(dist.from_master(data))
+    if dist.is_master and not Path(path).is_file():
+        raise UserError(f"ARTIFACT={path}: no such file, give the artifact.bin of a finished run")
+    return decode_artifact(dist.from_master(Path(path).read_bytes() if dist.is_master else b""))
 
 def settle(config: Config, dist: Dist) -> Config:
     """The configuration with every automatic choice made, for this machine and world size."""
-    on_gpu, length, seqs = dist.device.type == "cuda", config.train_seq_len, config.seqs_per_step
+    on_gpu, length = dist.device.type == "cuda", config.train_seq_len
+    seqs = config.train_batch_tokens // length
     if seqs % dist.world_size:
-        raise UserError(f"{dist.world_size} ranks cannot share the {seqs} sequences of TRAIN_BATCH_TOKENS="
-                        f"{config.train_batch_tokens} evenly: use a world size that divides {seqs}")
+        raise UserError(f"{dist.world_size} ranks cannot share {seqs} sequences (TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN)")
     per_rank, wanted = seqs // dist.world_size, config.micro_batch_tokens // length
     if wanted and per_rank % wanted:
-        raise UserError(f"MICRO_BATCH_TOKENS={config.micro_batch_tokens} must divide a rank's {per_rank * length} tokens "
-                        f"into multiples of TRAIN_SEQ_LEN={length}: use such a divisor, or leave it out")
-    fitting = max(1, (98_304 if on_gpu else 4096) // length)  # sequences; a GPU's memory, a CPU's cache
-    micro = wanted or max(n for n in range(1, per_rank + 1) if per_rank % n == 0 and n <= fitting)
-    dtype, compiled = config.compute_dtype, config.compile
+        raise UserError(f"MICRO_BATCH_TOKENS={config.micro_batch_tokens} must divide {per_rank * length}, one rank's")
+    fitting = (98_304 if on_gpu else 4096) // length  # sequences; for a GPU's memory, a CPU's cache
+    micro = length * (wanted or max(n for n in range(1, per_rank + 1) if per_rank % n == 0 and n <= max(fitting, 1)))
+    dtype = config.compute_dtype
     if dtype == "auto":  # CPUs with AMX multiply bf16 twice as fast as fp32, those without AVX-512 many times slower
-        timers = [torch.utils.benchmark.Timer("x @ x", globals={"x": torch.ones(256, 256, dtype=DTYPES[name])})
-                  for name in ("bfloat16", "float32")] * (not on_gpu)
-        bf16_s, fp32_s = [timer.timeit(4).median for timer in timers] or (0, 1)
-        dtype = dist.from_master("bfloat16" if fp32_s > 1.5 * bf16_s else "float32")
-    if compiled == "auto":  # on two CPU cores it took 165 s and gained nothing
-        compiled = "1" if on_gpu else "0"
-    return dataclasses.replace(config, device=dist.device.type, compute_dtype=dtype, compile=compiled,
-                               micro_batch_tokens=micro * length)
+        setups = [f"import torch; x = torch.ones(256, 256, dtype=torch.{name})" for name in DTYPES]
+        seconds = [min(timeit.repeat("x @ x", setup, number=1)) for setup in setups]
+        dtype = "bfloat16" if on_gpu or dist.from_master(1.5 * seconds[0] < seconds[1]) else "float32"
+    compiled = str(int(on_gpu)) if config.compile == "auto" else config.compile  # on two CPU cores: 165 s for no gain
+    return replace(config, device=dist.device.type, compute_dtype=dtype, compile=compiled, micro_batch_tokens=micro)
 
 def describe(log: Log, config: Config, dist: Dist, code: bytes) -> None:
     """Opens the log with all that is needed to repeat the run: source, versions, hardware, settings."""
     if log.folder:
         (log.folder / "train_gpt.py").write_bytes(code)
     log(code.decode(), console=False)
-    hardware = torch.cuda.get_device_name() if dist.device.type == "cuda" else platform.machine()
-    versions = dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
+    hardware = torch.cuda.get_device_name() if dist.device.type == "cuda" else os.uname().machine
+    versions = dict(python=sys.version.split()[0], torch=torch.__version__, cuda=torch.version.cuda,
                     numpy=np.__version__, sentencepiece=spm.__version__, zstandard=zstandard.__version__)
-    log(f"world_size:{dist.world_size} device:{hardware} cpu_threads:{torch.get_num_threads()} "
-        + " ".join(f"{name}:{version}" for name, version in versions.items()))
+    log(f"world_size:{dist.world_size} device:{hardware} cpu_threads:{torch.get_num_threads()} {versions}",
+        event="start", world_size=dist.world_size, hardware=hardware, versions=versions, settings=vars(config))
     for name, value in vars(config).items():  # on the console only what is not the default
-        changed = value != getattr(Config, name)
-        log(f"{'*' if changed else ' '} {name.upper()}={value}", console=changed)
-    log(event="start", versions=versions, hardware=hardware, world_size=dist.world_size, settings=vars(config))
+        log(f"  {name.upper()}={value}", console=value != getattr(Config, name))
 
 def build_run(config: Config, dist: Dist, log: Log) -> Run:
     """The model, the same on every rank, and what goes with it."""
     torch.manual_seed(config.seed)
-    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
+        torch.use_deterministic_algorithms(True)
     model = GPT(config).to(dist.device)
     nll = torch.compile(token_nll, dynamic=False, fullgraph=True) if config.compile == "1" else token_nll
     log(f"model_params:{sum(p.numel() for p in model.parameters())}")
@@ -1021,7 +926,8 @@ def train_and_store(run: Run, stream: TokenStream, optimizers: list, evaluator: 
 
     def validate(title: str, **record) -> None:
         start = time.perf_counter()
-        loss, bpb = evaluator.loss_and_bpb(evaluator.validate())
+        side_by_side = sliding_windows(evaluator.num_targets, run.config.train_seq_len, stride=run.config.train_seq_len)
+        loss, bpb = evaluator.loss_and_bpb(evaluator.score(side_by_side, evaluator.val_rows))
         run.log(f"{title} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{1000 * record['train_s']:.0f}ms",
                 **record, val_loss=loss, val_bpb=bpb, seconds=time.perf_counter() - start)
 
@@ -1035,11 +941,9 @@ def train_and_store(run: Run, stream: TokenStream, optimizers: list, evaluator: 
     data = encode_artifact(run.model.state_dict(), run.config)
     path.with_suffix(".part").write_bytes(data)
     path.with_suffix(".part").replace(path)  # a file of the final name is always whole
-    total = len(data) + len(code)
-    run.log(f"artifact_bytes:{len(data)} code_bytes:{len(code)} total_bytes:{total} limit_bytes:{limit}",
+    total, warning = len(data) + len(code), "" if len(data) + len(code) < limit else " TOO LARGE, cannot be submitted"
+    run.log(f"artifact_bytes:{len(data)} code_bytes:{len(code)} total_bytes:{total} limit_bytes:{limit}{warning}",
             event="artifact", artifact_bytes=len(data), code_bytes=len(code), seconds=time.perf_counter() - start)
-    if total >= limit:
-        run.log(f"WARNING: {total} bytes are not under MAX_ARTIFACT_BYTES={limit}: this run cannot be submitted")
     return path
 
 def evaluate_artifact(run: Run, path: str | Path, evaluator: Evaluator) -> None:
@@ -1054,10 +958,9 @@ def evaluate_artifact(run: Run, path: str | Path, evaluator: Evaluator) -> None:
                       targets=evaluator.num_targets, full_targets=evaluator.full_targets,
                       bytes=int(evaluator.bytes_before[-1]), eval_seconds=run.dist.now() - start)
         log(f"weights_sha256 after {label}, by rank: {run.dist.weight_digests(run.model)}")
-        if evaluator.num_targets < evaluator.full_targets:
-            log(f"MAX_VAL_TOKENS: the first {evaluator.num_targets} of {evaluator.full_targets} targets only")
-        log(f"{label} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{1000 * result['eval_seconds']:.0f}ms "
-            f"targets:{evaluator.num_targets} bytes:{result['bytes']} chunks_adapted:{adapted}", event=label, **result)
+        log(f"{label} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{1000 * result['eval_seconds']:.0f}ms targets:"
+            f"{evaluator.num_targets}/{evaluator.full_targets} bytes:{result['bytes']} chunks_adapted:{adapted}",
+            event=label, **result)
         if submitted and log.folder:
             (log.folder / "submission.json").write_text(json.dumps(result, indent=2) + "\n")
             if config.val_nll_path:
@@ -1066,39 +969,32 @@ def evaluate_artifact(run: Run, path: str | Path, evaluator: Evaluator) -> None:
 def main() -> None:
     code = Path(__file__).read_bytes()
     config = Config.from_env(os.environ)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     dist = Dist(config.device, os.environ)
     if config.artifact:  # it says what model it holds
         stored, _ = load_artifact(config.artifact, dist)
-        config = dataclasses.replace(config, **{name: getattr(stored, name) for name in MODEL_SETTINGS})
+        config = replace(config, **{name: getattr(stored, name) for name in MODEL_SETTINGS})
         if problems := config.problems():
             raise UserError(f"ARTIFACT={config.artifact} with these settings: {'; '.join(problems)}")
     config = settle(config, dist)
-
     token_bytes = TokenBytes(load_tokenizer(config))
     val_stream = TokenStream(config, "val")
     train_stream = None if config.artifact else TokenStream(config, "train")
-
     run_id = config.run_id or dist.from_master(time.strftime(f"%Y%m%d_%H%M%S_seed{config.seed}"))
-    config = dataclasses.replace(config, run_id=run_id)
+    config = replace(config, run_id=run_id)
     log = Log(Path("logs") / run_id if dist.is_master else None)
     describe(log, config, dist, code)
     run = build_run(config, dist, log)
     evaluator = Evaluator(run, val_stream.read(0, val_stream.num_tokens), token_bytes)
     optimizers = [] if config.artifact else build_optimizers(run.model, config, dist)
     warm_up(run, train_stream, optimizers, evaluator)
-
     path = config.artifact or train_and_store(run, train_stream, optimizers, evaluator, code)
     evaluate_artifact(run, path, evaluator)
-    dist.close()
+    if dist.world_size > 1:
+        torch.distributed.destroy_process_group()
 
 if __name__ == "__main__":
     try:
         main()
     except UserError as problem:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {problem}", file=sys.stderr, flush=True)
-        else:  # every rank finds the same problem; rank 0 says it before torchrun ends it for our exit
-            time.sleep(2)
-        sys.exit(1)
+        time.sleep(2 * (os.environ.get("RANK", "0") != "0"))  # rank 0 says what all find; torchrun then ends the others
+        sys.exit(f"error: {problem}")

@@ -197,8 +197,8 @@ def bad_inputs(dataset, tmp_path_factory) -> dict:
         "malformed setting": (dict(TTT_EPOCHS="three"), 1, "TTT_EPOCHS='three'"),
         "sequence length": (dict(TRAIN_SEQ_LEN=48), 1, "must be a multiple of TRAIN_SEQ_LEN=48"),
         "micro-batch": (dict(MICRO_BATCH_TOKENS=96), 1, "MICRO_BATCH_TOKENS=96 must divide"),
-        "world size": (dict(TRAIN_BATCH_TOKENS=96), 2, "2 ranks cannot share the 3 sequences"),
-        "missing artifact": (dict(ARTIFACT=str(folder / "none")), 1, "No such file"),
+        "world size": (dict(TRAIN_BATCH_TOKENS=96), 2, "2 ranks cannot share 3 sequences"),
+        "missing artifact": (dict(ARTIFACT=str(folder / "none")), 1, "no such file"),
         "damaged artifact": (dict(ARTIFACT=str(diverged)), 1, "artifact version 0"),
     }
 

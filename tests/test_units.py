@@ -60,9 +60,9 @@ def edits(a: str, b: str) -> int:
 
 
 @pytest.mark.parametrize("a", ["SEED", "SED", "SPEEDY", "DEES", "EED", ""])
-def test_within_two_edits(a):
+def test_within_edits(a):
     for b in ("SEED", "SEEDS", "DEED", "X"):
-        assert train_gpt.within_two_edits(a, b) == (edits(a, b) <= 2), (a, b)
+        assert train_gpt.within_edits(a, b, 2) == (edits(a, b) <= 2), (a, b)
 
 
 # ---- Data
