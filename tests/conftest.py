@@ -1,5 +1,6 @@
 """What the tests share: a tiny corpus, a tiny configuration, and ways to run the real script on them."""
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -107,7 +108,7 @@ def tiny_config(dataset: dict, **changes) -> train_gpt.Config:
     """TINY as a Config, without the checks when fields are changed (some tests need a geometry they refuse)."""
     config = train_gpt.Config.from_env({k: str(v) for k, v in (TINY | dataset).items()})
     config = train_gpt.settle(config, train_gpt.Dist())
-    return train_gpt.dataclasses.replace(config, **changes)
+    return dataclasses.replace(config, **changes)
 
 
 def random_model(config: train_gpt.Config, seed: int = 0) -> train_gpt.GPT:

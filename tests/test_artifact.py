@@ -73,9 +73,15 @@ def test_every_flipped_bit_and_every_cut_is_noticed(artifact):
         decode_artifact(artifact + b"x")
 
 
-def rebuilt(artifact, version=None, change=lambda body: body, size=None):
+def unchanged(body):
+    return body
+
+
+def rebuilt(artifact, version=None, change=unchanged, size=None):
     """The artifact with another version or body and a checksum that fits it."""
-    body = change(zstandard.decompress(artifact[train_gpt.ARTIFACT_HEAD.size + 32 :]))
+    original = zstandard.decompress(artifact[train_gpt.ARTIFACT_HEAD.size + 32 :])
+    body = change(original)
+    assert (body != original) == (change is not unchanged), "the case must change what it means to change"
     frame = zstandard.compress(body)
     head = train_gpt.ARTIFACT_HEAD.pack(train_gpt.ARTIFACT_MAGIC, version or train_gpt.ARTIFACT_VERSION, size or len(body))
     return head + hashlib.sha256(head + frame).digest() + frame
@@ -85,9 +91,9 @@ def rebuilt(artifact, version=None, change=lambda body: body, size=None):
     (dict(version=2), "artifact version 2"),
     (dict(size=1 << 40), "a body of"),
     (dict(change=lambda body: body[:-1]), "bytes where its tensors need"),
-    (dict(change=lambda body: body.replace(b'"num_layers":3', b'"num_layers":4')), "other tensors"),
-    (dict(change=lambda body: body.replace(b'"num_layers":3', b'"num_layers":0')), "NUM_LAYERS=0"),
-    (dict(change=lambda body: body.replace(b'"num_layers":3', b'"num_layers":x')), "inconsistent"),
+    (dict(change=lambda body: body.replace(b'"num_layers": 3', b'"num_layers": 4')), "other tensors"),
+    (dict(change=lambda body: body.replace(b'"num_layers": 3', b'"num_layers": 0')), "NUM_LAYERS=0"),
+    (dict(change=lambda body: body.replace(b'"num_layers": 3', b'"num_layers": x')), "inconsistent"),
     (dict(change=lambda body: body.replace(b'"config"', b'"confog"')), "inconsistent"),
     (dict(change=lambda body: body.replace(b'"tok_emb.weight"', b'"tok_emb.weighs"')), "other tensors"),
     (dict(change=lambda body: b"\xff\xff\xff\x7f" + body[4:]), "inconsistent"),

@@ -1,5 +1,6 @@
 """The real script, run as people run it: in processes of its own, on one and two ranks, and on bad input."""
 import concurrent.futures
+import dataclasses
 import json
 import math
 import re
@@ -154,7 +155,8 @@ def test_size_limit_is_reported(run_here):
 
 
 def test_training_stops_before_the_limit(run_here):
-    run = run_here(MAX_WALLCLOCK_SECONDS=2, ITERATIONS=100_000, TTT_ENABLED=0, TRAIN_LOG_EVERY=1, VAL_LOSS_EVERY=20)
+    run = run_here(MAX_WALLCLOCK_SECONDS=2, ITERATIONS=100_000, TTT_ENABLED=0, TRAIN_LOG_EVERY=1, VAL_LOSS_EVERY=20,
+                   WARMDOWN_ITERS=3000)
     last = run.events("train")[-1]
     assert len(run.events("val")) > 2, "validation must not count"
     assert 1.0 < last["train_s"] <= 2.0 and last["lr_factor"] < 0.1
@@ -229,7 +231,7 @@ def test_a_bad_token_beyond_the_start_up_sample_is_found_when_read(tmp_path):
     write_shard(tmp_path / "fineweb_train_000000.bin", [1] * 50 + [99] + [1] * 50)
     config = train_gpt.Config(data_path=str(tmp_path), train_seq_len=8, vocab_size=100)
     stream = train_gpt.TokenStream(config, "train")
-    stream.config = train_gpt.dataclasses.replace(config, vocab_size=99)  # as if the sample had not reached it
+    stream.config = dataclasses.replace(config, vocab_size=99)  # as if the sample had not reached it
     stream.read(0, 50)
     with pytest.raises(train_gpt.UserError, match="token id 99"):
         stream.read(45, 10)
@@ -269,7 +271,7 @@ class TestGPU:
         config = tiny_config(dataset)
         model, tokens = random_model(config), torch.randint(config.vocab_size, (4, 32))
         expected = train_gpt.token_nll(model, tokens, tokens)
-        gpu_model = train_gpt.GPT(train_gpt.dataclasses.replace(config, compute_dtype="bfloat16"))
+        gpu_model = train_gpt.GPT(dataclasses.replace(config, compute_dtype="bfloat16"))
         gpu_model.load_state_dict(model.state_dict())
         nll = torch.compile(train_gpt.token_nll) if compiled else train_gpt.token_nll
         result = nll(gpu_model.cuda(), tokens.cuda(), tokens.cuda())
