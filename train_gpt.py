@@ -10,7 +10,7 @@ train_gpt.py as it ran, artifact.bin, submission.json. The file reads in the ord
 those of openai/parameter-golf PR #264; where this script departs from that one, it says why.
 
 Shapes: B sequences, T positions, D model_dim, H query heads, K key/value heads, E head_dim, V vocabulary,
-        L sequence length, S stride of the scoring windows, C targets in a chunk, N targets in all.
+        L sequence length, S stride of the W scoring windows, C targets in a chunk, N targets in all.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 class UserError(Exception):
     """A problem the person who launched the run can fix: one line naming the thing, its value and the remedy."""
+
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run. Build it with Config.from_env(os.environ); Config() is the record configuration."""
@@ -81,14 +82,14 @@ class Config:
     muon_backend_steps: int = 5  # Newton-Schulz iterations
     weight_decay: float = 0.04  # decoupled, on every parameter
     grad_clip_norm: float = 0.3  # of the whole gradient; 0: off
-    # Averaging
+    # Averaging (swa: stochastic weight averaging)
     swa_enabled: bool = True
     swa_start_frac: float = 0.5  # average while the learning rate is under this share of its maximum
     swa_every: int = 50  # steps between the averaged snapshots
     # Artifact
     embed_bits: int = 6  # token and bigram tables: 6, 8, or 16 for fp16
     max_artifact_bytes: int = 16_000_000  # artifact + script must stay under it
-    # Evaluation
+    # Evaluation (ttt: test-time training, the adaptation)
     artifact: str = ""  # evaluate this file instead of training
     eval_stride: int = 64  # S: targets scored by each window but the first
     eval_batch_seqs: int = 32  # windows in a batch, on each rank
@@ -108,7 +109,7 @@ class Config:
     compute_dtype: str = "auto"  # bfloat16 or float32: products and residual stream
     compile: str = "auto"  # 1 or 0: torch.compile
     micro_batch_tokens: int = 0  # tokens a rank processes at once
-    deterministic: bool = False  # the same bits on each CUDA run, slower; CPU runs always are
+    deterministic: bool = False  # the same bits on each CUDA run, slower
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Config:
@@ -122,16 +123,16 @@ class Config:
                 except (ValueError, KeyError):
                     problems.append(f"{name}={text!r}: must be {ACCEPTED[known[name]]}")
             elif near := next((setting for setting in known if within_edits(name, setting, 2)), None):
-                problems.append(f"{name}={text!r} is no setting, did you mean {near}? If another program's, unset it")
+                problems.append(f"{name}={text!r} is no setting, did you mean {near}? (else unset it)")
         config = cls(**values)
-        if problems := problems + config.problems():
+        if problems := problems + ([] if config.artifact else config.problems()):  # main checks it whole
             raise UserError("; ".join(problems))
         return config
 
     def problems(self) -> list[str]:
         """What is wrong with these values, each as 'NAME=value: rule'; nothing if they can be run."""
-        rules = [(name, 0 < value < math.inf, "must be positive") if name in MUST_BE_POSITIVE else
-                 (name, (-1 if name == "ttt_max_chunks" else 0) <= value < math.inf, "must not be negative")
+        rules = [(name, 0 < value < math.inf, "must be positive and finite") if name in MUST_BE_POSITIVE else
+                 (name, (-1 if name == "ttt_max_chunks" else 0) <= value < math.inf, "must be finite, not negative")
                  for name, value in vars(self).items() if isinstance(value, (int, float))]
         if all(holds for _, holds, _ in rules):  # the rest divides by these
             length = self.train_seq_len
@@ -147,7 +148,8 @@ class Config:
                 ("bigram_vocab_size", self.bigram_vocab_size >= 2, "must be at least 2"),
                 ("eval_stride", length % self.eval_stride == 0, f"must divide TRAIN_SEQ_LEN={length}"),
                 ("max_val_tokens", not 0 < self.max_val_tokens < length, f"must be 0 or at least {length}, a sequence"),
-                ("run_id", re.fullmatch(r"[\w.+-]*", self.run_id), "may hold letters, digits and . _ + - only"),
+                ("run_id", re.fullmatch(r"(\w[\w.+-]*)?", self.run_id), "must be letters, digits, _ . + -, no . first"),
+                ("val_nll_path", Path(self.val_nll_path).parent.is_dir(), "its folder does not exist, make it"),
             ]
         return [f"{name.upper()}={getattr(self, name)}: {rule}" for name, holds, rule in rules if not holds]
 
@@ -168,7 +170,7 @@ def within_edits(a: str, b: str, edits: int) -> bool:
     return a == b or any(within_edits(x, y, edits - 1) for x, y in tries)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Distributed context and log: the only code that knows of ranks. Every method does the right thing at world size 1, so
+# Distributed context and log: all communication between ranks. Every method does the right thing at world size 1, so
 # one path is written and tested. All ranks always hold the same weights; they share work, gradients and rank 0's clock.
 
 class Dist:
@@ -176,13 +178,14 @@ class Dist:
     def __init__(self, device: str = "cpu", env: Mapping[str, str] = {}):
         names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))  # torchrun's
         self.rank, self.world_size, local_rank, local_size = (int(env.get(name, default)) for name, default in names)
-        self.is_master, on_gpu = self.rank == 0, device == "cuda" or device == "auto" and torch.cuda.is_available()
-        if on_gpu and local_rank >= (gpus := torch.cuda.device_count()):
-            raise UserError(f"{local_size} processes for {gpus} GPUs: set --nproc_per_node to match, or DEVICE=cpu")
+        self.is_master = self.rank == 0
+        on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+        if on_gpu and max(local_size, local_rank + 1) > (gpus := torch.cuda.device_count()):
+            raise UserError(f"{local_size} processes on {gpus} GPUs: lower --nproc_per_node, or set DEVICE=cpu")
         self.device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
         if on_gpu:
             torch.cuda.set_device(self.device)
-        else:  # torchrun sets OMP_NUM_THREADS=1, which leaves cores idle
+        elif local_size > 1:  # torchrun sets OMP_NUM_THREADS=1, which leaves cores idle
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
         if self.world_size > 1:  # gloo beside nccl: what hosts decide travels between hosts, past the GPUs
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
@@ -241,7 +244,7 @@ class Log:
 # They are memory-mapped, never read whole. Which tokens a step trains on is arithmetic on its number: the global batch
 # does not depend on the world size. Sequences cross document boundaries, as in the challenge's baseline.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
-GET_DATA = "make shards with 'python data/build_dataset.py', or set DATA_PATH and TOKENIZER_PATH to yours"
+GET_DATA = "run 'python data/build_dataset.py' and set what it prints, or set DATA_PATH and TOKENIZER_PATH to yours"
 
 def open_shard(path: Path, vocab_size: int) -> np.ndarray:
     """Memory-maps a shard's tokens (uint16 [tokens]) after checking header, length and the first 16 M token ids."""
@@ -256,7 +259,7 @@ def open_shard(path: Path, vocab_size: int) -> np.ndarray:
 
 def check_ids(tokens: np.ndarray, vocab_size: int, source: Path) -> np.ndarray:
     if (highest := int(tokens.max())) >= vocab_size:
-        raise UserError(f"{source}: token id {highest} is beyond VOCAB_SIZE={vocab_size}: use the shards' own value")
+        raise UserError(f"{source}: token id {highest} is beyond VOCAB_SIZE={vocab_size}: set VOCAB_SIZE to theirs")
     return tokens
 
 class TokenStream:
@@ -282,7 +285,6 @@ class TokenStream:
 
     def micro_batches(self, step: int, dist: Dist) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's share of the step's global batch: inputs and targets, int64 [micro_batch_tokens / L, L] each.
-
         Sequence q covers tokens [qL, qL + L]; step s holds sequences [s n, (s + 1) n), dealt to the ranks in blocks."""
         length, seqs = self.config.train_seq_len, self.config.train_batch_tokens // self.config.train_seq_len
         first, per_rank = step * seqs + dist.rank * (seqs // dist.world_size), seqs // dist.world_size
@@ -305,7 +307,6 @@ class TokenBytes:
 
     def count(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes of the targets tokens[1:], each given the token before it: int [N + 1] -> int64 [N].
-
         A piece counts its UTF-8 bytes; a leading U+2581 is a space, or nothing behind a control token, where decoding
         drops it; a byte token is one byte, a control token none. The sum is the length of the normalised text."""
         previous, target = tokens[:-1], tokens[1:]
@@ -318,7 +319,7 @@ def load_tokenizer(config: Config) -> spm.SentencePieceProcessor:
     except (RuntimeError, OSError) as error:
         raise UserError(f"TOKENIZER_PATH={config.tokenizer_path}: no SentencePiece model there: {GET_DATA}") from error
     if (size := tokenizer.vocab_size()) != config.vocab_size:
-        raise UserError(f"{config.tokenizer_path} has {size} tokens, VOCAB_SIZE={config.vocab_size}: set the shards'")
+        raise UserError(f"{config.tokenizer_path} has {size} tokens, VOCAB_SIZE={config.vocab_size}: make them equal")
     return tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -368,8 +369,8 @@ class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.heads, self.kv_heads, dim = config.num_heads, config.num_kv_heads, config.model_dim
-        self.c_q, self.proj = Linear(dim, dim), Linear(dim, dim)
-        self.c_k, self.c_v = (Linear(dim, dim // self.heads * self.kv_heads) for _ in "kv")
+        kv_dim = dim // self.heads * self.kv_heads
+        self.c_q, self.c_k, self.c_v, self.proj = (Linear(dim, out) for out in (dim, kv_dim, kv_dim, dim))
         self.q_gain = nn.Parameter(torch.full((self.heads, 1), config.qk_gain_init))
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -412,7 +413,7 @@ class Block(nn.Module):
         return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x))
 
 class GPT(nn.Module):
-    """The language model: model(tokens [B, T] int64) -> logits [B, T, V] fp32, soft-capped; T at most train_seq_len.
+    """The language model: model(tokens [B, T] int64) -> logits [B, T, V] fp32, soft-capped; T <= L.
     U-Net skips join the first half of the blocks to the second, last to first. Input and output embedding are tied."""
     def __init__(self, config: Config):
         super().__init__()
@@ -431,7 +432,6 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Orthogonal matrices (arXiv:1312.6120), zero output projections, small embeddings; the rest as declared above.
-
         PR #264 meant to scale output projections by 1/sqrt(2 * layers), but those start at zero, so of all matrices the
         factor only ever reached the bigram projection, which must not be zero: it and its table would never move."""
         nn.init.normal_(self.tok_emb.weight, std=0.005)
@@ -465,7 +465,7 @@ def token_nll(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
 # the gradient of its own sequences; the sum over ranks is taken once a step, in one buffer.
 
 class FlatGradients:
-    """All gradients of a model in one buffer: zeroing, summing over ranks and clipping are one operation each."""
+    """One buffer for all gradients, of which each .grad is a view: never call zero_grad(), it would drop the views."""
     def __init__(self, model: nn.Module):
         parameters = list(model.parameters())
         self.flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
@@ -479,8 +479,8 @@ class FlatGradients:
             self.flat.mul_((max_norm / (self.flat.norm() + 1e-6)).clamp(max=1.0))
 
 def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
-    """Moves the singular values of each matrix [..., M, N] near 1 (0.7 to 1.2 after 5 steps), in bf16 on GPUs: the
-    quintic iteration of Muon (Keller Jordan et al., kellerjordan.github.io/posts/muon)."""
+    """Moves the singular values of each matrix [..., rows, cols] near 1 (0.7 to 1.2 after 5 steps), in bf16 on GPUs:
+    the quintic iteration of Muon (Keller Jordan et al., kellerjordan.github.io/posts/muon)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices  # the Gram matrix below is then the smaller one
@@ -531,9 +531,10 @@ def build_optimizers(model: GPT, config: Config, dist: Dist) -> list[torch.optim
     taken = {id(p) for p in matrices + tables}
     controls = [p for p in model.parameters() if id(p) not in taken]  # mixes, gains, scales, whatever their shape
     assert len(matrices) + len(tables) + len(controls) == len(list(model.parameters())) == len(taken) + len(controls)
-    muon = Muon(matrices, config.matrix_lr, 0.0, config.weight_decay, config.muon_backend_steps, dist=dist)
+    decay, steps = config.weight_decay, config.muon_backend_steps
+    muon = Muon(matrices, config.matrix_lr, config.muon_momentum, decay, steps, dist=dist)
     groups = [dict(params=tables, lr=config.tied_embed_lr), dict(params=controls, lr=config.scalar_lr)]
-    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=config.weight_decay, fused=True)
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay, fused=True)
     for group in muon.param_groups + adamw.param_groups:
         group["base_lr"] = group["lr"]
     return [muon, adamw]
@@ -547,9 +548,9 @@ WARMDOWN_MAX_SHARE, MOMENTUM_WARMUP_MAX_SHARE = 0.58, 0.29
 def lr_factor(step: int, elapsed_s: float, config: Config) -> float:
     """Share of the base learning rates, 0 to 1: constant, then linear to zero at the end of the nearest budget."""
     factor, step_s = 1.0, elapsed_s / max(step, 1)
-    for done, budget, unit in ((step, config.iterations, 1), (elapsed_s, config.max_wallclock_seconds, step_s)):
+    for done, budget, per_step in ((step, config.iterations, 1), (elapsed_s, config.max_wallclock_seconds, step_s)):
         if budget > 0:
-            warmdown = min(config.warmdown_iters * unit, WARMDOWN_MAX_SHARE * budget)
+            warmdown = min(config.warmdown_iters * per_step, WARMDOWN_MAX_SHARE * budget)
             factor = min(factor, (budget - done) / max(warmdown, 1e-9))
     return max(factor, 0.0)
 
@@ -575,8 +576,8 @@ class Run:
     nll: Callable[[GPT, Tensor, Tensor], Tensor]  # token_nll, compiled or not
     grads: FlatGradients
 
-def train_step(run: Run, stream: TokenStream, optimizers: list, step: int, schedule: tuple[float, float]) -> Tensor:
-    """One optimiser step; schedule: LR factor, Muon momentum. Returns this rank's part of the mean loss, fp32 []."""
+def train_step(run: Run, stream: TokenStream, optimizers: list, step: int, factor: float, momentum: float) -> Tensor:
+    """One optimiser step; factor scales all learning rates. Returns this rank's part of the mean loss, fp32 []."""
     loss = torch.zeros((), device=run.dist.device)
     run.grads.flat.zero_()
     for inputs, targets in stream.micro_batches(step, run.dist):
@@ -586,46 +587,45 @@ def train_step(run: Run, stream: TokenStream, optimizers: list, step: int, sched
     run.grads.reduce_and_clip(run.dist, run.config.grad_clip_norm)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * schedule[0]
+            group["lr"] = group["base_lr"] * factor
             if isinstance(optimizer, Muon):
-                group["momentum"] = schedule[1]
+                group["momentum"] = momentum
         optimizer.step()
     return loss
 
 def train(run: Run, stream: TokenStream, optimizers: list, validate: Callable[..., None]) -> tuple[WeightAverage, dict]:
     """Trains until the steps or the seconds are used up; returns the average of the weights and how far it came.
-
     validate(title, **record) runs outside the training time. No step starts that would end after the limit, judged by
-    the longest of the last steps."""
+    the longest of the last ten."""
     config, limit, average = run.config, run.config.max_wallclock_seconds, WeightAverage(run.model)
-    step, elapsed, step_s, start = 0, 0.0, [0.0], run.dist.now()  # start moves on by what is not training
-    while step < config.iterations and not 0 < limit < elapsed + max(step_s[-10:]):
+    step, elapsed, durations, start = 0, 0.0, [0.0], run.dist.now()  # start moves on by what is not training
+    while step < config.iterations and not 0 < limit < elapsed + max(durations[-10:]):
         if config.val_loss_every and step and step % config.val_loss_every == 0:
             validate(f"step:{step}/{config.iterations}", event="val", step=step, train_s=elapsed)
             start = run.dist.now() - elapsed
         factor, momentum = lr_factor(step, elapsed, config), muon_momentum(step, elapsed, config)
-        loss = train_step(run, stream, optimizers, step, (factor, momentum))
+        loss = train_step(run, stream, optimizers, step, factor, momentum)
         step += 1
         if config.swa_enabled and factor < config.swa_start_frac and step % config.swa_every == 0:
             average.add()
-        step_s.append(run.dist.now() - start - elapsed)
-        elapsed += step_s[-1]
+        durations.append(run.dist.now() - start - elapsed)
+        elapsed += durations[-1]
         if step <= 5 or step % config.train_log_every == 0:
             loss = run.dist.sum_(loss).item()
             run.log(f"step:{step}/{config.iterations} train_loss:{loss:.4f} train_time:{1000 * elapsed:.0f}ms "
                     f"step_avg:{1000 * elapsed / step:.2f}ms", event="train", step=step, train_loss=loss,
                     train_s=elapsed, lr_factor=factor, muon_momentum=momentum)
-    validate(f"step:{step}/{config.iterations}", event="val", **(progress := dict(step=step, train_s=elapsed)))
+    progress = dict(step=step, train_s=elapsed)
+    validate(f"step:{step}/{config.iterations}", event="val", **progress)
     return average, progress
 
 def warm_up(run: Run, stream: TokenStream | None, optimizers: list, evaluator: Evaluator) -> None:
     """Compiles and tunes everything the run will execute, then restores weights and optimiser state bit for bit.
-
     Training steps run on training tokens (without a stream, for ARTIFACT=..., there are none), scoring and adapting on
     random ones: no validation token is seen. The position in the data is a function of the step, nothing to restore."""
     saved = [parameter.detach().clone() for parameter in run.model.parameters()]
     for step in range(run.config.warmup_steps if stream else 0):
-        train_step(run, stream, optimizers, step, (1.0, run.config.muon_momentum_warmup_start))
+        train_step(run, stream, optimizers, step, 1.0, run.config.muon_momentum_warmup_start)
         run.log(f"warmup_step:{step + 1}/{run.config.warmup_steps}")
     evaluator.warm_up(with_validation=stream is not None)
     with torch.no_grad():
@@ -681,8 +681,7 @@ def tensor_table(config: Config) -> list[list]:
         return [[name, list(p.shape), storage_bits(name, config)] for name, p in GPT(config).named_parameters()]
 
 def quantize(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Symmetric per-row rounding: fp32 [R, C] -> int8 [R, C] within bits, fp16 scale [R].
-
+    """Symmetric per-row rounding: fp32 [rows, cols] -> int8 [rows, cols] within bits, fp16 scale [rows].
     The error is at most half a scale, plus what fp16's rounding of the scale cuts off the row's largest weight. PR #264
     floored scales at 1/127, which left small rows few levels; a row of zeros needs no floor, only no division."""
     highest = 2 ** (bits - 1) - 1
@@ -711,7 +710,7 @@ def decode_artifact(data: bytes) -> tuple[Config, dict[str, Tensor]]:
     head, checksum, frame = data[: ARTIFACT_HEAD.size], data[ARTIFACT_HEAD.size :][:32], data[ARTIFACT_HEAD.size + 32 :]
     magic, version, size = ARTIFACT_HEAD.unpack(head.ljust(ARTIFACT_HEAD.size, b"\0"))
     if magic != ARTIFACT_MAGIC or version != ARTIFACT_VERSION:
-        raise UserError(f"artifact version {version}, {magic!r}: give an artifact.bin to the script that wrote it")
+        raise UserError(f"artifact version {version} ({magic!r}), not {ARTIFACT_VERSION}: use the script beside it")
     if hashlib.sha256(head + frame).digest() != checksum:
         raise UserError(f"artifact of {len(data)} bytes fails its checksum, it was cut or damaged: copy it again")
     try:
@@ -751,18 +750,16 @@ def decode_artifact(data: bytes) -> tuple[Config, dict[str, Tensor]]:
 
 def sliding_windows(num_targets: int, seq_len: int, stride: int) -> np.ndarray:
     """Windows that score each of num_targets targets once: int64 [W, 3], in order of their starts.
-
     Columns: start (inputs are tokens [start, start + seq_len)), first scored target, end of the scored targets. Target
     p is token p + 1. The first window scores all its targets, each later one only those from start + seq_len - stride
-    on, which have that much context; the last may be cut short. With stride = seq_len the windows do not overlap."""
+    on; it exists if that is below num_targets. The last may be cut. With stride = seq_len nothing overlaps."""
     starts = np.arange(0, max(num_targets - seq_len + stride, min(num_targets, 1)), stride, dtype=np.int64)
     first = np.where(starts == 0, 0, starts + seq_len - stride)
     return np.stack((starts, first, np.minimum(starts + seq_len, num_targets)), axis=1)
 
 def plan_chunks(num_targets: int, seq_len: int, stride: int, chunk_tokens: int) -> list[np.ndarray]:
     """The windows of each chunk, in order: every window belongs to the chunk of its *first* scored target.
-
-    Not its last: chunk i is trained on targets up to (i + 1) C, before windows that end beyond them were scored."""
+    Not its last: what a straddling window scores before the edge would be trained on before it scores it."""
     windows = sliding_windows(num_targets, seq_len, stride)
     return np.split(windows, np.flatnonzero(np.diff(windows[:, 1] // chunk_tokens)) + 1)
 
@@ -772,10 +769,10 @@ class Evaluator:
         """tokens: the split, integers [more than L]. It is trimmed to whole sequences, as the baseline does."""
         self.run, self.config, length = run, run.config, run.config.train_seq_len
         self.full_targets = (len(tokens) - 1) // length * length
-        self.num_targets = min(self.full_targets, self.config.max_val_tokens // length * length or self.full_targets)
+        self.num_targets = min((self.config.max_val_tokens or len(tokens)) // length * length, self.full_targets)
         tokens = tokens[: self.num_targets + 1]
         self.bytes_before = np.concatenate(([0], np.cumsum(token_bytes.count(tokens))))  # [N + 1]
-        padded = F.pad(torch.from_numpy(tokens.astype(np.int32)), (0, length))  # inputs behind all that is scored
+        padded = F.pad(torch.from_numpy(tokens.astype(np.int32)), (0, length))  # the last windows read past the end
         self.tokens = padded.to(run.dist.device)
         self.offsets = torch.arange(length, device=run.dist.device)
         world_size, chunk_seqs = run.dist.world_size, self.config.ttt_chunk_tokens // length
@@ -823,12 +820,12 @@ class Evaluator:
         optimizer.step()
 
     def warm_up(self, with_validation: bool) -> None:
-        """Runs each graph of the evaluation once, on random tokens; weights stay, the gradient buffer is used."""
+        """Runs each graph of the evaluation once, on random tokens; leaves gradients behind, every step zeroes them."""
         shape = (max(self.config.eval_batch_seqs, self.val_rows, self.adapt_rows), self.config.train_seq_len)
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.config.vocab_size, shape, generator=generator).to(self.run.dist.device)
-        graphs = [(self.config.eval_batch_seqs, False)] + [(self.val_rows, False)] * with_validation
-        for rows, trains in graphs + [(self.adapt_rows, True)] * (self.epochs > 0):
+        graphs = [(self.config.eval_batch_seqs, False)] + ([(self.val_rows, False)] if with_validation else [])
+        for rows, trains in graphs + ([(self.adapt_rows, True)] if self.epochs else []):
             with torch.set_grad_enabled(trains):
                 nll = self.run.nll(self.run.model, tokens[:rows], tokens[:rows])
             if trains:
@@ -836,7 +833,6 @@ class Evaluator:
 
     def score_then_adapt(self, epochs: int, start: float) -> tuple[np.ndarray, int]:
         """The pass over the split: score a chunk, then take `epochs` SGD steps on it, then go to the next.
-
         Returns nats fp32 [N] and the number of chunks adapted on; leaves the model adapted. The last chunk is scored
         and never trained, nothing is left to score. Scoring is never cut; adaptation stops for good once another chunk
         of it, and scoring the rest, would end later than EVAL_MAX_SECONDS after start (a dist.now())."""
@@ -856,17 +852,18 @@ class Evaluator:
             adapting = adapting and left > 0
             projected = now + max(adapt_s, default=0.0) + left * (now - sum(adapt_s)) / (index + 1)
             if adapting and (index == config.ttt_max_chunks or 0 < config.eval_max_seconds < projected):
-                log(f"adaptation stops before chunk {index}, {projected:.0f} s projected of EVAL_MAX_SECONDS="
-                    f"{config.eval_max_seconds:g}; to replay: TTT_MAX_CHUNKS={index} EVAL_MAX_SECONDS=0",
-                    event="adapt_stop", chunk=index)
+                log(f"adaptation stops after {index} chunks: TTT_MAX_CHUNKS={config.ttt_max_chunks}, {projected:.0f} s "
+                    f"projected of EVAL_MAX_SECONDS={config.eval_max_seconds:g}; to replay: TTT_MAX_CHUNKS={index} "
+                    "EVAL_MAX_SECONDS=0", event="adapt_stop", chunk=index)
                 adapting = False
             if adapting:
-                first, end = index * size, min((index + 1) * size, self.num_targets)
+                train_first, train_end = index * size, (index + 1) * size  # all scored, since windows are left
                 sgd.param_groups[0]["lr"] = lr = config.ttt_lr * (1 + math.cos(math.pi * index / last_of_split)) / 2
                 for _ in range(epochs):
-                    self.adapt(first, end, sgd)
+                    self.adapt(train_first, train_end, sgd)
                 adapt_s.append(self.run.dist.now() - start - now)
-                log(event="adapt", chunk=index, first=first, end=end, lr=lr, epochs=epochs, seconds=adapt_s[-1])
+                log(event="adapt", chunk=index, first=train_first, end=train_end, lr=lr, epochs=epochs,
+                    seconds=adapt_s[-1])
         return nats, len(adapt_s)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -891,8 +888,8 @@ def settle(config: Config, dist: Dist) -> Config:
     micro = length * (wanted or max(n for n in range(1, per_rank + 1) if per_rank % n == 0 and n <= max(fitting, 1)))
     dtype = config.compute_dtype
     if dtype == "auto":  # CPUs with AMX multiply bf16 twice as fast as fp32, those without AVX-512 many times slower
-        setups = [f"import torch; x = torch.ones(256, 256, dtype=torch.{name})" for name in DTYPES]
-        seconds = [min(timeit.repeat("x @ x", setup, number=1)) for setup in setups]
+        squares = [torch.ones(256, 256, dtype=each) for each in DTYPES.values()]  # bfloat16, float32
+        seconds = [min(timeit.repeat(lambda x=x: x @ x, number=1)) for x in squares]
         dtype = "bfloat16" if on_gpu or dist.from_master(1.5 * seconds[0] < seconds[1]) else "float32"
     compiled = str(int(on_gpu)) if config.compile == "auto" else config.compile  # on two CPU cores: 165 s for no gain
     return replace(config, device=dist.device.type, compute_dtype=dtype, compile=compiled, micro_batch_tokens=micro)
@@ -911,7 +908,7 @@ def describe(log: Log, config: Config, dist: Dist, code: bytes) -> None:
         log(f"  {name.upper()}={value}", console=value != getattr(Config, name))
 
 def build_run(config: Config, dist: Dist, log: Log) -> Run:
-    """The model, the same on every rank, and what goes with it."""
+    """Seeds torch and makes the model, the same on every rank, and its gradient buffer."""
     torch.manual_seed(config.seed)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
@@ -935,8 +932,8 @@ def train_and_store(run: Run, stream: TokenStream, optimizers: list, evaluator: 
     average.apply()
     validate(f"swa:{average.count}_snapshots", event="swa", **progress)
     run.log(f"weights_sha256 after training, by rank: {run.dist.weight_digests(run.model)}")
-    if not run.log.folder:
-        return Path()
+    if not run.dist.is_master:
+        return Path()  # evaluate_artifact reads rank 0's file
     start, path, limit = time.perf_counter(), run.log.folder / "artifact.bin", run.config.max_artifact_bytes
     data = encode_artifact(run.model.state_dict(), run.config)
     path.with_suffix(".part").write_bytes(data)
@@ -949,7 +946,7 @@ def train_and_store(run: Run, stream: TokenStream, optimizers: list, evaluator: 
 def evaluate_artifact(run: Run, path: str | Path, evaluator: Evaluator) -> None:
     """Scores the artifact on disk: the submitted pass first, then, if asked for, the plain pass as a diagnostic."""
     config, log = run.config, run.log
-    for label in ["final_ttt_exact"] + ["final_quantized_exact"] * config.eval_plain:
+    for label in ["final_ttt_exact"] + (["final_quantized_exact"] if config.eval_plain else []):
         submitted, start = label == "final_ttt_exact", run.dist.now()  # reading the artifact counts
         run.model.load_state_dict(load_artifact(path, run.dist)[1])
         nats, adapted = evaluator.score_then_adapt(evaluator.epochs if submitted else 0, start)
@@ -996,5 +993,6 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as problem:
-        time.sleep(2 * (os.environ.get("RANK", "0") != "0"))  # rank 0 says what all find; torchrun then ends the others
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # rank 0 says what all ranks find; torchrun then ends the others
         sys.exit(f"error: {problem}")

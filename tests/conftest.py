@@ -18,7 +18,7 @@ import train_gpt
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 384
-# Every technique at a size that trains in seconds: 3 layers, a skip, grouped heads, averaging, 5 or more TTT chunks.
+# Every technique at a size that trains in seconds: 3 layers, a skip, grouped heads, averaging, at least 4 TTT chunks.
 TINY = dict(
     VOCAB_SIZE=VOCAB_SIZE, NUM_LAYERS=3, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, BIGRAM_VOCAB_SIZE=64, BIGRAM_DIM=8,
     TRAIN_SEQ_LEN=32, TRAIN_BATCH_TOKENS=256, ITERATIONS=12, MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=2, WARMDOWN_ITERS=6,

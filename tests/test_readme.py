@@ -19,8 +19,8 @@ def test_line_references_point_at_what_they_name():
 
 def test_every_setting_is_listed_with_its_default():
     for name, value in vars(Config()).items():
-        shown = {True: "1", False: "0", "": "(empty)"}.get(value, str(value)) if not isinstance(value, (int, float)) or \
-            isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+        shown = str(int(value)) if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+        shown = shown or "(empty)"
         assert re.search(rf"^\| `{name.upper()}` \| {re.escape(shown)} \|", README, re.MULTILINE), (name, shown)
 
 

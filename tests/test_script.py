@@ -240,7 +240,7 @@ def test_a_bad_token_beyond_the_start_up_sample_is_found_when_read(tmp_path):
 # ---- The file itself
 
 
-def test_importing_starts_nothing(tmp_path):
+def test_the_file_is_short_and_needs_four_packages():
     code = (REPOSITORY / "train_gpt.py").read_text()
     assert len(code.splitlines()) <= 1000 and len(code.encode()) <= 75_000
     assert max(map(len, code.splitlines())) <= 120

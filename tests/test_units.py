@@ -28,8 +28,8 @@ def test_default_model_has_the_seeds_parameter_count():
     ({"MATRIX_LR": "nan"}, "MATRIX_LR=nan"),
     ({"MAX_WALLCLOCK_SECONDS": "inf"}, "MAX_WALLCLOCK_SECONDS=inf"),
     ({"SWA_ENABLED": "yes"}, "SWA_ENABLED='yes': must be 0 or 1"),
-    ({"NUM_LAYERS": "0"}, "NUM_LAYERS=0: must be positive"),
-    ({"TTT_LR": "-1"}, "TTT_LR=-1.0: must not be negative"),
+    ({"NUM_LAYERS": "0"}, "NUM_LAYERS=0: must be positive and finite"),
+    ({"TTT_LR": "-1"}, "TTT_LR=-1.0: must be finite, not negative"),
     ({"EVAL_STRIDE": "100"}, "EVAL_STRIDE=100: must divide TRAIN_SEQ_LEN=2048"),
     ({"TTT_CHUNK_TOKENS": "3000"}, "TTT_CHUNK_TOKENS=3000: must be a multiple of TRAIN_SEQ_LEN=2048"),
     ({"TRAIN_BATCH_TOKENS": "5000"}, "TRAIN_BATCH_TOKENS=5000: must be a multiple"),
@@ -37,6 +37,8 @@ def test_default_model_has_the_seeds_parameter_count():
     ({"EMBED_BITS": "7"}, "EMBED_BITS=7: must be one of (6, 8, 16)"),
     ({"COMPUTE_DTYPE": "fp8"}, "COMPUTE_DTYPE=fp8"),
     ({"RUN_ID": "../x"}, "RUN_ID=../x"),
+    ({"RUN_ID": ".."}, "RUN_ID=.."),
+    ({"VAL_NLL_PATH": "nowhere/nll.npy"}, "VAL_NLL_PATH=nowhere/nll.npy: its folder does not exist"),
     ({"MAX_VAL_TOKENS": "7"}, "MAX_VAL_TOKENS=7"),
 ])
 def test_bad_settings_are_named(env, message):
@@ -78,7 +80,8 @@ def stream(tmp_path):
     """Three shards of 40, 1 and 59 tokens that count 0, 1, 2 ... 99."""
     for number, (a, b) in enumerate(((0, 40), (40, 41), (41, 100))):
         write_shard(tmp_path / f"fineweb_train_{number:06d}.bin", range(a, b))
-    config = Config(data_path=str(tmp_path), train_seq_len=4, train_batch_tokens=24, micro_batch_tokens=4, vocab_size=100)
+    config = Config(data_path=str(tmp_path), train_seq_len=4, train_batch_tokens=24, micro_batch_tokens=4,
+                    vocab_size=100)
     return train_gpt.TokenStream(config, "train")
 
 
@@ -180,7 +183,8 @@ def test_forward_equals_plain_loops(dataset, layers, heads, kv_heads):
     with torch.no_grad():
         logits = model(torch.tensor([tokens, tokens[::-1]]))
     assert logits.shape == (2, len(tokens), config.vocab_size) and logits.dtype == torch.float32
-    torch.testing.assert_close(logits[0].double(), naive_forward(config, model.state_dict(), tokens), atol=2e-4, rtol=1e-4)
+    expected = naive_forward(config, model.state_dict(), tokens)
+    torch.testing.assert_close(logits[0].double(), expected, atol=2e-4, rtol=1e-4)
 
 
 def test_bigram_hash_by_hand():
@@ -256,7 +260,7 @@ def test_every_parameter_has_one_group_and_moves_within_10_steps(dataset):
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     stream = train_gpt.TokenStream(config, "train")
     for step in range(10):
-        train_gpt.train_step(run, stream, optimizers, step, (1.0, 0.9))
+        train_gpt.train_step(run, stream, optimizers, step, 1.0, 0.9)
     assert [name for name, p in run.model.named_parameters() if torch.equal(p, before[name])] == []
 
 
@@ -344,7 +348,8 @@ def test_windows_score_each_target_once(length, stride):
             assert start == 0 or first - start == length - stride  # full context
         assert (scored == 1).all(), num_targets
         # The definition: starts are the multiples of S that are 0 or satisfy start + L - S < N.
-        assert windows[:, 0].tolist() == [s for s in range(0, num_targets, stride) if s == 0 or s + length - stride < num_targets]
+        expected = [s for s in range(0, num_targets, stride) if s == 0 or s + length - stride < num_targets]
+        assert windows[:, 0].tolist() == expected
 
 
 def test_windows_of_the_challenge_and_of_nothing():
@@ -355,7 +360,7 @@ def test_windows_of_the_challenge_and_of_nothing():
 
 
 def test_chunks_hold_every_window_once_by_first_target():
-    for num_targets, length, stride, chunk in ((736, 32, 8, 128), (9000, 256, 96, 960), (128, 32, 8, 128), (40, 32, 32, 64)):
+    for num_targets, length, stride, chunk in ((736, 32, 8, 128), (9000, 256, 96, 960), (128, 32, 8, 128), (40, 32, 8, 64)):
         chunks = train_gpt.plan_chunks(num_targets, length, stride, chunk)
         np.testing.assert_array_equal(np.concatenate(chunks), sliding_windows(num_targets, length, stride))
         for index, windows in enumerate(chunks):
