@@ -8,7 +8,6 @@
 Settings are environment variables, all listed in Config. A run writes to logs/RUN_ID/: train.log, metrics.jsonl,
 train_gpt.py as it ran, artifact.bin, submission.json. The file reads in the order data flows. Model and recipe are
 those of openai/parameter-golf PR #264; where this script departs from that one, it says why.
-
 Shapes: B sequences, T positions, D model_dim, H query heads, K key/value heads, E head_dim, V vocabulary,
         L sequence length, S stride of the W scoring windows, C targets in a chunk, N targets in all.
 """
@@ -131,15 +130,17 @@ class Config:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, each as 'NAME=value: rule'; nothing if they can be run."""
-        rules = [(name, 0 < value < math.inf, "must be positive and finite") if name in MUST_BE_POSITIVE else
-                 (name, (-1 if name == "ttt_max_chunks" else 0) <= value < math.inf, "must be finite, not negative")
+        rules = [(name, 0 < value < 2**31, "must be positive, below 2**31") if name in MUST_BE_POSITIVE else
+                 (name, (-1 if name == "ttt_max_chunks" else 0) <= value < 2**31, "must be from 0 on, below 2**31")
                  for name, value in vars(self).items() if isinstance(value, (int, float))]
         if all(holds for _, holds, _ in rules):  # the rest divides by these
-            length = self.train_seq_len
+            length, nll = self.train_seq_len, Path(self.val_nll_path)
             rules += [(name, getattr(self, name) % length == 0, f"must be a multiple of TRAIN_SEQ_LEN={length}")
                       for name in ("train_batch_tokens", "micro_batch_tokens", "ttt_chunk_tokens")]
-            rules += [(name, getattr(self, name) < 1, "must be below 1") for name in ("muon_momentum", "ttt_momentum")]
-            rules += [(name, getattr(self, name) in some, f"must be one of {some}") for name, some in CHOICES.items()]
+            rules += [(name, getattr(self, name) < 1, "must be below 1")
+                      for name in ("muon_momentum", "muon_momentum_warmup_start", "ttt_momentum")]
+            rules += [(name, str(getattr(self, name)) in known.split(), f"must be one of {known}")
+                      for name, known in CHOICES.items()]
             rules += [
                 ("vocab_size", self.vocab_size <= 65536, "must be at most 65536, shards hold uint16 tokens"),
                 ("model_dim", self.model_dim % (2 * self.num_heads) == 0, "must be an even multiple of NUM_HEADS"),
@@ -149,15 +150,14 @@ class Config:
                 ("eval_stride", length % self.eval_stride == 0, f"must divide TRAIN_SEQ_LEN={length}"),
                 ("max_val_tokens", not 0 < self.max_val_tokens < length, f"must be 0 or at least {length}, a sequence"),
                 ("run_id", re.fullmatch(r"(\w[\w.+-]*)?", self.run_id), "must be letters, digits, _ . + -, no . first"),
-                ("val_nll_path", Path(self.val_nll_path).parent.is_dir(), "its folder does not exist, make it"),
+                ("val_nll_path", not nll.name or nll.suffix == ".npy" and nll.parent.is_dir(), "needs .npy, a folder"),
             ]
         return [f"{name.upper()}={getattr(self, name)}: {rule}" for name, holds, rule in rules if not holds]
 
 PARSERS = {str: str, int: int, float: float, bool: {"0": False, "1": True}.__getitem__}
 ACCEPTED = {int: "a whole number", float: "a number", bool: "0 or 1"}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-CHOICES = dict(device=("auto", "cuda", "cpu"), compute_dtype=("auto", *DTYPES), compile=("auto", "0", "1"),
-               embed_bits=(6, 8, 16))
+CHOICES = dict(device="auto cuda cpu", compile="auto 0 1", compute_dtype="auto bfloat16 float32", embed_bits="6 8 16")
 MUST_BE_POSITIVE = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult bigram_dim logit_softcap rope_base
     train_seq_len train_batch_tokens iterations val_batch_size train_log_every muon_backend_steps swa_every
     max_artifact_bytes eval_stride eval_batch_seqs ttt_chunk_tokens""".split()
@@ -300,8 +300,8 @@ class TokenBytes:
         pieces = [tokenizer.id_to_piece(i) for i in ids]
         lengths = [len(piece.removeprefix("▁").replace("▁", " ").encode()) for piece in pieces]
         is_byte = [tokenizer.is_byte(i) for i in ids]
-        is_control = (tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused)
-        self.control = np.array([any(test(i) for test in is_control) for i in ids])
+        tests = (tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused)
+        self.control = np.array([any(test(i) for test in tests) for i in ids])
         self.leading_space = np.array([piece.startswith("▁") for piece in pieces])
         self.base = np.where(self.control, 0, np.where(is_byte, 1, lengths))
 
@@ -330,10 +330,7 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 class Linear(nn.Linear):
-    """y = x W^T without bias, the fp32 master weight cast to the input's dtype."""
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
-
+    """y = x W^T, the fp32 master weight cast to the input's dtype; made with bias=False."""
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
@@ -343,7 +340,7 @@ class BigramHash(nn.Module):
         super().__init__()
         self.buckets = config.bigram_vocab_size - 1  # the last row is for position 0, which has no bigram
         self.embed = nn.Embedding(config.bigram_vocab_size, config.bigram_dim)
-        self.proj = Linear(config.bigram_dim, config.model_dim)
+        self.proj = Linear(config.bigram_dim, config.model_dim, bias=False)
         self.scale = nn.Parameter(torch.tensor(0.05))
 
     def hash(self, tokens: Tensor) -> Tensor:
@@ -370,10 +367,10 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, dim = config.num_heads, config.num_kv_heads, config.model_dim
         kv_dim = dim // self.heads * self.kv_heads
-        self.c_q, self.c_k, self.c_v, self.proj = (Linear(dim, out) for out in (dim, kv_dim, kv_dim, dim))
+        self.c_q, self.c_k, self.c_v, self.proj = (Linear(dim, n, bias=False) for n in (dim, kv_dim, kv_dim, dim))
         self.q_gain = nn.Parameter(torch.full((self.heads, 1), config.qk_gain_init))
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         B, T, D = x.shape
         q = rotate(rms_norm(self.c_q(x).view(B, T, self.heads, -1)), rope) * self.q_gain.to(x.dtype)  # (B, T, H, E)
         k = rotate(rms_norm(self.c_k(x).view(B, T, self.kv_heads, -1)), rope)  # (B, T, K, E)
@@ -381,9 +378,9 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, H, T, E), scale 1/sqrt(E)
         return self.proj(y.transpose(1, 2).reshape(B, T, D))
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of x (B, T, heads, E): dimension i pairs with i + E/2. rope: cos and sin, each (L, 1, E/2)."""
-    cos, sin = (table[: x.size(1)].to(x.dtype) for table in rope)
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotary embedding of x (B, T, heads, E): dimension i pairs with i + E/2. rope: cos and sin (2, L, 1, E/2)."""
+    cos, sin = rope[:, : x.size(1)].to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
@@ -391,8 +388,8 @@ class MLP(nn.Module):
     """proj(relu(fc(x))^2): squared ReLU (Primer, arXiv:2109.08668)."""
     def __init__(self, config: Config):
         super().__init__()
-        hidden = int(config.mlp_mult * config.model_dim)
-        self.fc, self.proj = Linear(config.model_dim, hidden), Linear(hidden, config.model_dim)
+        dim, hidden = config.model_dim, int(config.mlp_mult * config.model_dim)
+        self.fc, self.proj = Linear(dim, hidden, bias=False), Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(F.relu(self.fc(x)).square())
@@ -406,7 +403,7 @@ class Block(nn.Module):
         self.attn_scale, self.mlp_scale = nn.Parameter(ones.clone()), nn.Parameter(ones.clone())
         self.resid_mix = nn.Parameter(torch.stack((ones, 0 * ones)))  # shares of x and of x0
 
-    def forward(self, x: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, rope: Tensor) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0  # (B, T, D)
         x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x), rope)
@@ -425,8 +422,7 @@ class GPT(nn.Module):
         half = config.model_dim // config.num_heads // 2
         frequency = config.rope_base ** (-torch.arange(half, dtype=torch.float32) / half)
         angle = torch.outer(torch.arange(config.train_seq_len, dtype=torch.float32), frequency)[:, None]  # (L, 1, E/2)
-        self.register_buffer("rope_cos", angle.cos(), persistent=False)
-        self.register_buffer("rope_sin", angle.sin(), persistent=False)
+        self.register_buffer("rope", torch.stack((angle.cos(), angle.sin())), persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -450,7 +446,7 @@ class GPT(nn.Module):
         for index, block in enumerate(self.blocks):
             if index >= num_skips and skips:
                 x = x + self.skip_weights[index - num_skips].to(x.dtype) * skips.pop()
-            x = block(x, x0, (self.rope_cos, self.rope_sin))
+            x = block(x, x0, self.rope)
             if index < num_skips:
                 skips.append(x)
         logits = F.linear(rms_norm(x), self.tok_emb.weight.to(x.dtype)).float()  # fp32 from the product on
@@ -484,7 +480,7 @@ def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices  # the Gram matrix below is then the smaller one
-    x = x.bfloat16() if x.is_cuda else x.float()
+    x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -528,9 +524,9 @@ def build_optimizers(model: GPT, config: Config, dist: Dist) -> list[torch.optim
     """Muon and AdamW over disjoint groups that cover every parameter; each group remembers its own base_lr."""
     matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    taken = {id(p) for p in matrices + tables}
-    controls = [p for p in model.parameters() if id(p) not in taken]  # mixes, gains, scales, whatever their shape
-    assert len(matrices) + len(tables) + len(controls) == len(list(model.parameters())) == len(taken) + len(controls)
+    others = [m for m in model.modules() if not isinstance(m, (nn.Linear, nn.Embedding))]
+    controls = [p for m in others for p in m.parameters(recurse=False)]  # mixes, gains, scales, whatever their shape
+    assert sorted(map(id, matrices + tables + controls)) == sorted(map(id, model.parameters()))
     decay, steps = config.weight_decay, config.muon_backend_steps
     muon = Muon(matrices, config.matrix_lr, config.muon_momentum, decay, steps, dist=dist)
     groups = [dict(params=tables, lr=config.tied_embed_lr), dict(params=controls, lr=config.scalar_lr)]
@@ -595,8 +591,7 @@ def train_step(run: Run, stream: TokenStream, optimizers: list, step: int, facto
 
 def train(run: Run, stream: TokenStream, optimizers: list, validate: Callable[..., None]) -> tuple[WeightAverage, dict]:
     """Trains until the steps or the seconds are used up; returns the average of the weights and how far it came.
-    validate(title, **record) runs outside the training time. No step starts that would end after the limit, judged by
-    the longest of the last ten."""
+    validate(title, **record) is not training time. No step starts that would end late if it took the longest of ten."""
     config, limit, average = run.config, run.config.max_wallclock_seconds, WeightAverage(run.model)
     step, elapsed, durations, start = 0, 0.0, [0.0], run.dist.now()  # start moves on by what is not training
     while step < config.iterations and not 0 < limit < elapsed + max(durations[-10:]):
@@ -682,8 +677,8 @@ def tensor_table(config: Config) -> list[list]:
 
 def quantize(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Symmetric per-row rounding: fp32 [rows, cols] -> int8 [rows, cols] within bits, fp16 scale [rows].
-    The error is at most half a scale, plus what fp16's rounding of the scale cuts off the row's largest weight. PR #264
-    floored scales at 1/127, which left small rows few levels; a row of zeros needs no floor, only no division."""
+    Off by half a scale at most, plus what the scale's fp16 rounding cuts off the largest weight. PR #264 floored scales
+    at 1/127, which left small rows few levels; a row of zeros needs no floor, only no division."""
     highest = 2 ** (bits - 1) - 1
     scale = (matrix.abs().amax(dim=1) / highest).half()
     divisor = torch.where(scale > 0, scale, 1).float()[:, None]
@@ -741,12 +736,11 @@ def decode_artifact(data: bytes) -> tuple[Config, dict[str, Tensor]]:
     return config, state
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluation: score, then adapt. Each target is predicted once, from up to L tokens before it. The split is taken in
-# chunks of C targets, in order. A chunk is scored with weights that have seen nothing but the artifact and earlier
-# chunks; only then may SGD train on it. So the distribution for a token depends only on the artifact and on tokens
-# before it, is normalised over the vocabulary, and is final before any update that uses the token: the challenge's four
-# conditions (openai/parameter-golf issues #402, #677, #1017). The chunked form is PR #549's; PR #264 trained on the
-# whole split first and scored text the model had already seen.
+# Evaluation: score, then adapt. The split is taken in chunks of C targets, in order. Each is scored with weights that
+# have seen nothing but the artifact and earlier chunks; only then may SGD train on it. So the distribution for a token
+# depends only on the artifact and on tokens before it, is normalised over the vocabulary, and is final before any
+# update that uses it: the challenge's four conditions (openai/parameter-golf issues #402, #677, #1017). The chunks are
+# PR #549's; PR #264 trained on the whole split first and scored text the model had already seen.
 
 def sliding_windows(num_targets: int, seq_len: int, stride: int) -> np.ndarray:
     """Windows that score each of num_targets targets once: int64 [W, 3], in order of their starts.
@@ -775,9 +769,9 @@ class Evaluator:
         padded = F.pad(torch.from_numpy(tokens.astype(np.int32)), (0, length))  # the last windows read past the end
         self.tokens = padded.to(run.dist.device)
         self.offsets = torch.arange(length, device=run.dist.device)
-        world_size, chunk_seqs = run.dist.world_size, self.config.ttt_chunk_tokens // length
-        self.val_rows = max(1, self.config.val_batch_size // (length * world_size))  # fixed shapes: each compiles once
-        self.adapt_rows = max(1, min(-(-chunk_seqs // world_size), self.config.micro_batch_tokens // length))
+        per_row = length * run.dist.world_size  # the numbers of rows are fixed, so that each graph compiles once
+        self.val_rows = max(1, min(self.config.val_batch_size // per_row, -(-self.num_targets // per_row)))
+        self.adapt_rows = min(-(-self.config.ttt_chunk_tokens // per_row), self.config.micro_batch_tokens // length)
         self.epochs = self.config.ttt_epochs if self.config.ttt_enabled else 0
 
     def loss_and_bpb(self, nats: np.ndarray) -> tuple[float, float]:
@@ -822,7 +816,7 @@ class Evaluator:
     def warm_up(self, with_validation: bool) -> None:
         """Runs each graph of the evaluation once, on random tokens; leaves gradients behind, every step zeroes them."""
         shape = (max(self.config.eval_batch_seqs, self.val_rows, self.adapt_rows), self.config.train_seq_len)
-        generator = torch.Generator().manual_seed(0)
+        start, generator = self.run.dist.now(), torch.Generator().manual_seed(0)
         tokens = torch.randint(self.config.vocab_size, shape, generator=generator).to(self.run.dist.device)
         graphs = [(self.config.eval_batch_seqs, False)] + ([(self.val_rows, False)] if with_validation else [])
         for rows, trains in graphs + ([(self.adapt_rows, True)] if self.epochs else []):
@@ -830,40 +824,44 @@ class Evaluator:
                 nll = self.run.nll(self.run.model, tokens[:rows], tokens[:rows])
             if trains:
                 nll.sum().backward()
+        self.run.dist.sum_(torch.zeros(1, device=self.run.dist.device))  # opens the communicators
+        self.warm_up_s = self.run.dist.now() - start  # part of the evaluation's time, wherever it happens
 
     def score_then_adapt(self, epochs: int, start: float) -> tuple[np.ndarray, int]:
         """The pass over the split: score a chunk, then take `epochs` SGD steps on it, then go to the next.
-        Returns nats fp32 [N] and the number of chunks adapted on; leaves the model adapted. The last chunk is scored
-        and never trained, nothing is left to score. Scoring is never cut; adaptation stops for good once another chunk
-        of it, and scoring the rest, would end later than EVAL_MAX_SECONDS after start (a dist.now())."""
+        Returns nats fp32 [N] and the number of chunks adapted on; leaves the model adapted. The last chunk is never
+        trained, nothing is left to score. Scoring is never cut; adaptation stops for good when one more of it and the
+        rest of the scoring would end later than EVAL_MAX_SECONDS after start, projected once one-off costs are past."""
         config, log, size = self.config, self.run.log, self.config.ttt_chunk_tokens
         chunks = plan_chunks(self.num_targets, config.train_seq_len, config.eval_stride, size)
         last_of_split = max(1, -(-self.full_targets // size) - 1)  # also for a prefix, whose scores must be the same
         sgd = torch.optim.SGD(self.run.model.parameters(), lr=config.ttt_lr, momentum=config.ttt_momentum)
-        nats, scored, adapt_s, adapting = np.zeros(self.num_targets, np.float32), 0, [], epochs > 0
+        nats, total, adapting = np.zeros(self.num_targets, np.float32), 0.0, epochs > 0
+        scored, score_s, adapt_s, last = 0, [], [], self.run.dist.now() - start
         for index, windows in enumerate(chunks):
             begin, end = int(windows[0, 1]), int(windows[-1, 2])
             assert begin == scored  # each target once, in order
             nats[begin:end] = self.score(windows, config.eval_batch_seqs)
             scored, now, left = end, self.run.dist.now() - start, len(chunks) - index - 1
-            bpb = self.loss_and_bpb(nats[:scored])[1]
+            score_s.append(now - last)
+            total += float(nats[begin:end].sum(dtype=np.float64))
+            bpb = total / math.log(2) / int(self.bytes_before[end])
             log(f"eval_chunk:{index + 1}/{len(chunks)} running_bpb:{bpb:.4f} eval_time:{1000 * now:.0f}ms",
                 event="score", chunk=index, first=begin, end=end, running_bpb=bpb, eval_s=now)
-            adapting = adapting and left > 0
-            projected = now + max(adapt_s, default=0.0) + left * (now - sum(adapt_s)) / (index + 1)
+            adapting, last = adapting and left > 0, now
+            projected = now + (max(adapt_s) + left * np.median(score_s) if index > 8 and adapt_s else 0.0)
             if adapting and (index == config.ttt_max_chunks or 0 < config.eval_max_seconds < projected):
-                log(f"adaptation stops after {index} chunks: TTT_MAX_CHUNKS={config.ttt_max_chunks}, {projected:.0f} s "
-                    f"projected of EVAL_MAX_SECONDS={config.eval_max_seconds:g}; to replay: TTT_MAX_CHUNKS={index} "
-                    "EVAL_MAX_SECONDS=0", event="adapt_stop", chunk=index)
+                log(f"adaptation stops after {index} chunks ({projected:.0f} s projected); to replay it: "
+                    f"TTT_MAX_CHUNKS={index} EVAL_MAX_SECONDS=0", event="adapt_stop", chunk=index)
                 adapting = False
             if adapting:
                 train_first, train_end = index * size, (index + 1) * size  # all scored, since windows are left
                 sgd.param_groups[0]["lr"] = lr = config.ttt_lr * (1 + math.cos(math.pi * index / last_of_split)) / 2
                 for _ in range(epochs):
                     self.adapt(train_first, train_end, sgd)
-                adapt_s.append(self.run.dist.now() - start - now)
-                log(event="adapt", chunk=index, first=train_first, end=train_end, lr=lr, epochs=epochs,
-                    seconds=adapt_s[-1])
+                last = self.run.dist.now() - start
+                adapt_s.append(last - now)
+                log(event="adapt", chunk=index, first=train_first, end=train_end, lr=lr, seconds=adapt_s[-1])
         return nats, len(adapt_s)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -878,8 +876,7 @@ def load_artifact(path: str | Path, dist: Dist) -> tuple[Config, dict[str, Tenso
 def settle(config: Config, dist: Dist) -> Config:
     """The configuration with every automatic choice made, for this machine and world size."""
     on_gpu, length = dist.device.type == "cuda", config.train_seq_len
-    seqs = config.train_batch_tokens // length
-    if seqs % dist.world_size:
+    if (seqs := config.train_batch_tokens // length) % dist.world_size:
         raise UserError(f"{dist.world_size} ranks cannot share {seqs} sequences (TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN)")
     per_rank, wanted = seqs // dist.world_size, config.micro_batch_tokens // length
     if wanted and per_rank % wanted:
@@ -898,6 +895,8 @@ def describe(log: Log, config: Config, dist: Dist, code: bytes) -> None:
     """Opens the log with all that is needed to repeat the run: source, versions, hardware, settings."""
     if log.folder:
         (log.folder / "train_gpt.py").write_bytes(code)
+        for name in ["submission.json"] + ([] if config.artifact else ["artifact.bin"]):
+            (log.folder / name).unlink(missing_ok=True)  # of an earlier run of this RUN_ID
     log(code.decode(), console=False)
     hardware = torch.cuda.get_device_name() if dist.device.type == "cuda" else os.uname().machine
     versions = dict(python=sys.version.split()[0], torch=torch.__version__, cuda=torch.version.cuda,
@@ -915,12 +914,12 @@ def build_run(config: Config, dist: Dist, log: Log) -> Run:
         torch.use_deterministic_algorithms(True)
     model = GPT(config).to(dist.device)
     nll = torch.compile(token_nll, dynamic=False, fullgraph=True) if config.compile == "1" else token_nll
-    log(f"model_params:{sum(p.numel() for p in model.parameters())}")
-    return Run(config, dist, log, model, nll, FlatGradients(model))
+    run = Run(config, dist, log, model, nll, FlatGradients(model))
+    log(f"model_params:{run.grads.flat.numel()} weights_sha256 at the start, by rank: {dist.weight_digests(model)}")
+    return run
 
 def train_and_store(run: Run, stream: TokenStream, optimizers: list, evaluator: Evaluator, code: bytes) -> Path:
     """Trains, averages and writes the artifact; returns its path (on rank 0)."""
-
     def validate(title: str, **record) -> None:
         start = time.perf_counter()
         side_by_side = sliding_windows(evaluator.num_targets, run.config.train_seq_len, stride=run.config.train_seq_len)
@@ -947,10 +946,13 @@ def evaluate_artifact(run: Run, path: str | Path, evaluator: Evaluator) -> None:
     """Scores the artifact on disk: the submitted pass first, then, if asked for, the plain pass as a diagnostic."""
     config, log = run.config, run.log
     for label in ["final_ttt_exact"] + (["final_quantized_exact"] if config.eval_plain else []):
-        submitted, start = label == "final_ttt_exact", run.dist.now()  # reading the artifact counts
+        submitted = label == "final_ttt_exact"
+        start = run.dist.now() - evaluator.warm_up_s * submitted  # compiling and reading the artifact count
         run.model.load_state_dict(load_artifact(path, run.dist)[1])
         nats, adapted = evaluator.score_then_adapt(evaluator.epochs if submitted else 0, start)
         loss, bpb = evaluator.loss_and_bpb(nats)
+        if not math.isfinite(loss):
+            raise UserError(f"{label} val_loss:{loss}: adaptation diverged, lower TTT_LR={config.ttt_lr}")
         result = dict(run_id=config.run_id, seed=config.seed, val_loss=loss, val_bpb=bpb, chunks_adapted=adapted,
                       targets=evaluator.num_targets, full_targets=evaluator.full_targets,
                       bytes=int(evaluator.bytes_before[-1]), eval_seconds=run.dist.now() - start)

@@ -3,8 +3,11 @@ import concurrent.futures
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +56,7 @@ def test_ranks_hold_the_same_weights_after_training_and_adapting(one_and_two_ran
         (digests,) = re.findall(f"weights_sha256 after {stage}, by rank: (.*)", two.output)
         first, second = digests.split()
         assert first == second and len(first) == 16
-    assert len(set(re.findall(r"by rank: (\w+) ", two.output))) == 3  # and adapting does change them
+    assert len(set(re.findall(r"after \w+, by rank: (\w+) ", two.output))) == 3  # adapting does change them
 
 
 def test_a_run_leaves_what_it_promises(one_and_two_ranks):
@@ -151,7 +154,7 @@ def test_scored_bytes_are_those_of_the_text(run_here, dataset):
 
 
 def test_size_limit_is_reported(run_here):
-    assert "cannot be submitted" in run_here(MAX_ARTIFACT_BYTES=1000, ITERATIONS=1, TTT_ENABLED=0).output
+    assert "TOO LARGE" in run_here(MAX_ARTIFACT_BYTES=1000, ITERATIONS=1, TTT_ENABLED=0).output
 
 
 def test_training_stops_before_the_limit(run_here):
@@ -244,8 +247,30 @@ def test_the_file_is_short_and_needs_four_packages():
     code = (REPOSITORY / "train_gpt.py").read_text()
     assert len(code.splitlines()) <= 1000 and len(code.encode()) <= 75_000
     assert max(map(len, code.splitlines())) <= 120
-    third_party = set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)) - set(__import__("sys").stdlib_module_names)
+    third_party = set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)) - set(sys.stdlib_module_names)
     assert third_party == {"numpy", "sentencepiece", "torch", "zstandard"}
+
+
+def test_importing_starts_nothing(tmp_path):
+    """No environment read, no process group, no CUDA, no file: SEED=x would be an error if it were read."""
+    check = ("import sys; sys.path.insert(0, sys.argv[1]); import train_gpt, torch, os; "
+             "assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized() and not os.listdir()")
+    done = subprocess.run([sys.executable, "-B", "-c", check, str(REPOSITORY)], cwd=tmp_path, capture_output=True,
+                          text=True, env=os.environ | {"SEED": "x", "RANK": "x", "WORLD_SIZE": "x"})
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_failed_rerun_leaves_no_score_of_the_run_before(run_here):
+    first = run_here(RUN_ID="same", ITERATIONS=1, TTT_ENABLED=0)
+    assert first.submission
+    with pytest.raises(train_gpt.UserError, match="not finite"):
+        run_here(RUN_ID="same", ITERATIONS=2, MATRIX_LR=1e9, TIED_EMBED_LR=1e9)
+    assert {path.name for path in first.folder.iterdir()} == {"train.log", "metrics.jsonl", "train_gpt.py"}
+
+
+def test_diverged_adaptation_is_an_error(run_here):
+    with pytest.raises(train_gpt.UserError, match="TTT_LR"):
+        run_here(ITERATIONS=2, TTT_LR=1e9, TTT_GRAD_CLIP=0)
 
 
 def test_a_copy_runs_from_a_records_folder(run_here, tmp_path, dataset, monkeypatch):

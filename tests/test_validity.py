@@ -219,18 +219,21 @@ def test_adaptation_learns(dataset, token_bytes, tokens):
 
 
 def test_the_budget_stops_adaptation_and_can_be_replayed(dataset, token_bytes, tokens, monkeypatch, tmp_path):
-    """Scoring a chunk takes 1 s and adapting 3 s on this clock: 6 chunks fit 14 s with two adaptations."""
-    bench = Bench(dataset, token_bytes, eval_max_seconds=14.0)
-    seconds = [0.0]
+    """On this clock reading the artifact takes 20 s, scoring a chunk 1 s and adapting on it 3 s. 23 chunks then need
+    112 s with adaptation and 43 s without; in 75 s there is room to adapt on 10. The 20 s must not be taken for a
+    cost of every chunk, which would stop adaptation at once."""
+    geometry = (32, 8, 32, 736)
+    bench = Bench(dataset, token_bytes, geometry=geometry, eval_max_seconds=75.0)
+    seconds = [20.0]
     monkeypatch.setattr(train_gpt.Dist, "now", lambda self: seconds[0])
     score, adapt = Recorder.score, Recorder.adapt
     monkeypatch.setattr(Recorder, "score", lambda *a: (score(*a), seconds.__setitem__(0, seconds[0] + 1.0))[0])
     monkeypatch.setattr(Recorder, "adapt", lambda *a: (adapt(*a), seconds.__setitem__(0, seconds[0] + 1.0))[0])
     run = make_run(bench.config, random_model(bench.config), tmp_path)
     nats, adapted = Recorder(run, tokens[: bench.num_targets + 1], token_bytes).score_then_adapt(3, 0.0)
-    assert adapted == 2 and seconds[0] == 12.0
-    assert "TTT_MAX_CHUNKS=2" in (tmp_path / "train.log").read_text()
-    replay = Bench(dataset, token_bytes, eval_max_seconds=0.0, ttt_max_chunks=2).evaluate(tokens)[0]
+    assert adapted == 10 and seconds[0] == 20 + 23 + 3 * 10 <= 75
+    assert "TTT_MAX_CHUNKS=10" in (tmp_path / "train.log").read_text()
+    replay = Bench(dataset, token_bytes, geometry=geometry, eval_max_seconds=0.0, ttt_max_chunks=10).evaluate(tokens)[0]
     assert np.array_equal(nats, replay)
 
 
