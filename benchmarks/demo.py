@@ -31,13 +31,13 @@ DEMO = dict(
     TRAIN_SEQ_LEN=256, TRAIN_BATCH_TOKENS=2048, MAX_WALLCLOCK_SECONDS=150, WARMUP_STEPS=2, VAL_LOSS_EVERY=0,
     VAL_BATCH_SIZE=4096, TRAIN_LOG_EVERY=10, MUON_MOMENTUM=0.95, MUON_MOMENTUM_WARMUP_START=0.85,
     SWA_START_FRAC=0.03, SWA_EVERY=2, EVAL_STRIDE=64, EVAL_BATCH_SEQS=8, TTT_CHUNK_TOKENS=512, TTT_LR=0.003,
-    EVAL_MAX_SECONDS=120,
+    EVAL_MAX_SECONDS=140,
 )
 HEARTBEAT_SECONDS = 3.0
 
-# What --check accepts. BPB only: machines are shared, so no bound is on seconds.
+# What --check accepts. Never seconds: machines are shared. A slow one may adapt on fewer chunks than it scores.
 MIN_TARGETS, MIN_CHUNKS, MAX_FINAL_BPB = 100_000, 30, 2.25
-# int5/int6 costs, the sliding window's context gains; together they moved BPB by -0.03 to -0.08 in the runs of README.md.
+# int5/int6 costs about 0.003, the window's context gains more: together about -0.01 in README.md's runs.
 QUANTISED_MOVES = (-0.15, 0.03)
 TTT_MOVES = (-0.20, 0.005)  # adaptation may fail to help, but must not hurt
 
@@ -78,25 +78,28 @@ def scored_text(settings: dict[str, str], targets: int) -> bytes:
     return train_gpt.load_tokenizer(config).decode(tokens.tolist()).encode()
 
 
-def summarise(folder: Path, settings: dict[str, str]) -> dict[str, float]:
-    """Everything the table shows, from what the run left in its folder. Raises KeyError if a stage left nothing."""
+def summarise(folder: Path, settings: dict[str, str]) -> tuple[dict[str, float], dict[str, float]]:
+    """Bits per byte by stage, and what the run took, from its metrics. Raises KeyError if a stage left nothing."""
     last = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         last[record["event"]] = record
-    submitted = last["final_ttt_exact"]
+    submitted, plain = last["final_ttt_exact"], last["final_quantized_exact"]
     text = scored_text(settings, submitted["targets"])
-    return {
+    bpb = {
         "after training": last["val"]["val_bpb"],
         "after SWA": last["swa"]["val_bpb"],
-        "int5/int6, sliding window": last["final_quantized_exact"]["val_bpb"],
+        "int5/int6, sliding window": plain["val_bpb"],
         "int5/int6, sliding window, TTT (submitted)": submitted["val_bpb"],
         "xz -9e": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text),
         "zstd -22": 8 * len(zstandard.compress(text, level=22)) / len(text),
+    }
+    run = {
         "artifact bytes": last["artifact"]["artifact_bytes"],
         "script bytes": last["artifact"]["code_bytes"],
         "targets scored": submitted["targets"],
         "bytes of text": submitted["bytes"],
+        "chunks": -(-submitted["targets"] // int(settings["TTT_CHUNK_TOKENS"])),
         "chunks adapted on": submitted["chunks_adapted"],
         "training steps": last["val"]["step"],
         "seconds: start and warm-up": last["warm_up"]["since_start_s"],
@@ -104,34 +107,32 @@ def summarise(folder: Path, settings: dict[str, str]) -> dict[str, float]:
         "seconds: validation, twice": last["val"]["seconds"] + last["swa"]["seconds"],
         "seconds: artifact": last["artifact"]["seconds"],
         "seconds: score, then adapt": submitted["eval_seconds"],
-        "seconds: plain pass": last["final_quantized_exact"]["eval_seconds"],
+        "seconds: plain pass": plain["eval_seconds"],
     }
+    return bpb, run
 
 
-def print_table(rows: dict[str, float]) -> None:
+def print_table(bpb: dict[str, float], run: dict[str, float]) -> None:
     print("\nBits per byte of the validation text (lower is better)")
-    for number, (name, value) in enumerate(rows.items()):
-        if number == 6:
-            print("\nThe run")
-        if name.startswith("seconds") or number < 6:
-            print(f"  {name:<44} {value:>12.4f}" if number < 6 else f"  {name:<44} {value:>12.1f}")
-        else:
-            print(f"  {name:<44} {value:>12,}")
+    for name, value in bpb.items():
+        print(f"  {name:<44} {value:>12.4f}")
+    print("\nThe run")
+    for name, value in run.items():
+        print(f"  {name:<44} {value:>12.1f}" if name.startswith("seconds") else f"  {name:<44} {value:>12,}")
 
 
-def faults(rows: dict[str, float], settings: dict[str, str]) -> list[str]:
+def faults(bpb: dict[str, float], run: dict[str, float]) -> list[str]:
     """What is outside the bounds above."""
-    after_swa, quantised, final = (rows[name] for name in list(rows)[1:4])
-    chunks = -(-rows["targets scored"] // int(settings["TTT_CHUNK_TOKENS"]))
+    final, quantised = bpb["int5/int6, sliding window, TTT (submitted)"], bpb["int5/int6, sliding window"]
+    by_quantising, by_adapting = quantised - bpb["after SWA"], final - quantised
     checks = [
-        (all(math.isfinite(value) and value > 0 for value in rows.values()), f"incomplete table: {rows}"),
-        (rows["targets scored"] >= MIN_TARGETS, f"{rows['targets scored']} targets, fewer than {MIN_TARGETS}"),
-        (chunks >= MIN_CHUNKS, f"{chunks} chunks, fewer than {MIN_CHUNKS}"),
+        (all(math.isfinite(value) for value in (bpb | run).values()), "a value is not finite"),
+        (run["targets scored"] >= MIN_TARGETS, f"{run['targets scored']} targets, fewer than {MIN_TARGETS}"),
+        (run["chunks"] >= MIN_CHUNKS, f"{run['chunks']} chunks, fewer than {MIN_CHUNKS}"),
         (final <= MAX_FINAL_BPB, f"final BPB {final:.4f} above {MAX_FINAL_BPB}"),
-        (QUANTISED_MOVES[0] <= quantised - after_swa <= QUANTISED_MOVES[1],
-         f"quantisation and window move BPB by {quantised - after_swa:+.4f}, outside {QUANTISED_MOVES}"),
-        (TTT_MOVES[0] <= final - quantised <= TTT_MOVES[1],
-         f"TTT moves BPB by {final - quantised:+.4f}, outside {TTT_MOVES}"),
+        (QUANTISED_MOVES[0] <= by_quantising <= QUANTISED_MOVES[1],
+         f"quantisation and window move BPB by {by_quantising:+.4f}, outside {QUANTISED_MOVES}"),
+        (TTT_MOVES[0] <= by_adapting <= TTT_MOVES[1], f"TTT moves BPB by {by_adapting:+.4f}, outside {TTT_MOVES}"),
     ]
     return [message for holds, message in checks if not holds]
 
@@ -142,13 +143,16 @@ def main() -> None:
     check = parser.parse_args().check
     settings = {name: os.environ.get(name, str(value)) for name, value in DEMO.items()}
     settings["RUN_ID"] = os.environ.get("RUN_ID", f"demo_seed{os.environ.get('SEED', train_gpt.Config.seed)}")
+    if os.environ.get("ARTIFACT") or settings["EVAL_PLAIN"] != "1":
+        sys.exit("error: the demo's table needs a training run and EVAL_PLAIN=1: unset ARTIFACT and EVAL_PLAIN")
     os.chdir(REPOSITORY)
     start = time.monotonic()
     folder = run_script(settings)
     seconds = time.monotonic() - start
-    rows = summarise(folder, settings) | {"seconds: all of train_gpt.py": seconds}
-    print_table(rows)
-    found = faults(rows, settings)
+    bpb, run = summarise(folder, settings)
+    run["seconds: all of train_gpt.py"] = seconds
+    print_table(bpb, run)
+    found = faults(bpb, run)
     for message in found:
         print(f"outside the expected bounds: {message}")
     sys.exit(1 if check and found else 0)

@@ -260,8 +260,7 @@ def open_source(argument: str, requirements: Path) -> Source:
         paths = sorted(path.rglob("*.txt"))
         if not paths:
             raise UserError(f"--source {argument}: the folder holds no .txt file")
-        documents = (Document(path.name, read_text(file)) for file in paths)
-        return Source(path.name, files_identity(paths), lambda _: documents)
+        return Source(path.name, files_identity(paths), lambda _: (Document(path.name, read_text(p)) for p in paths))
     if not path.is_file():
         raise UserError(f"--source {argument}: no such file or folder; 'docs' is the default source")
     if path.suffix == ".txt":
@@ -449,11 +448,12 @@ def build(settings: Settings) -> dict:
         write_shards(settings.partial, split, tokens, settings.arguments["shard_tokens"])
         counts[split] = {"documents": len(members), "tokens": tokens.size, "normalised_bytes": normalised_bytes,
                          "raw_bytes": sum(document.raw_bytes for document in members)}
-    for document in sorted(documents):
+    for document in documents:
         origins.setdefault(document.origin, Counter()).update(documents=1, raw_bytes=document.raw_bytes)
     versions = {name: importlib.metadata.version(name) for name in ("sentencepiece", "numpy", "zstandard")}
     versions["python"] = platform.python_version()
-    manifest = {**requested(settings), "versions": versions, "splits": counts, "skipped": skipped, "origins": origins}
+    manifest = {**requested(settings), "versions": versions, "splits": counts, "skipped": skipped,
+                "origins": dict(sorted(origins.items()))}
     publish(settings, model, manifest)
     return manifest
 

@@ -9,11 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import build_dataset
 import numpy as np
 import pytest
 import torch
 
-import build_dataset
 import train_gpt
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -44,8 +44,8 @@ def dataset(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("data")
     source = folder / "corpus.jsonl"
     source.write_text("".join(json.dumps({"text": text(seed, 40)}) + "\n" for seed in range(60)))
-    arguments = ["--source", str(source), "--out", str(folder / "set"), "--vocab-size", str(VOCAB_SIZE), "--val-docs", "5"]
-    assert build_dataset.main(arguments) == 0
+    sizes = ["--vocab-size", str(VOCAB_SIZE), "--val-docs", "5"]
+    assert build_dataset.main(["--source", str(source), "--out", str(folder / "set"), *sizes]) == 0
     (tokenizer,) = (folder / "set").glob("*.model")
     return dict(DATA_PATH=str(folder / "set"), TOKENIZER_PATH=str(tokenizer))
 
@@ -94,13 +94,13 @@ def run_here(dataset, tmp_path, monkeypatch):
     return run
 
 
-def run_process(folder: Path, settings: dict, ranks: int = 1, timeout: int = 300) -> Finished:
+def run_process(folder: Path, settings: dict, ranks: int = 1, script: Path = Path("train_gpt.py")) -> Finished:
     """Runs the script as a person would, alone or under torchrun, in this folder."""
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run([*launcher, str(REPOSITORY / "train_gpt.py")], cwd=folder, env=environment(settings),
-                          capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run([*launcher, str(REPOSITORY / script)], cwd=folder, env=environment(settings),
+                          capture_output=True, text=True, timeout=300)
     return Finished(folder / "logs" / settings.get("RUN_ID", ""), done.stdout + done.stderr, done.returncode)
 
 

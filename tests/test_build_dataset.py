@@ -19,6 +19,7 @@ import zstandard
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "data")]
 import build_dataset  # noqa: E402
+
 from train_gpt import TokenBytes  # noqa: E402
 
 VOCAB_SIZE = 450

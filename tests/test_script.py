@@ -212,8 +212,11 @@ def bad_inputs(dataset, tmp_path_factory) -> dict:
 def refused(bad_inputs, dataset, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("refused")
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        runs = {name: pool.submit(run_process, folder, TINY | dataset | settings | dict(RUN_ID=name.replace(" ", "_")), ranks)
-                for name, (settings, ranks, _) in bad_inputs.items()}
+        def start(name, settings, ranks):
+            settings = TINY | dataset | settings | dict(RUN_ID=name.replace(" ", "_"))
+            return pool.submit(run_process, folder, settings, ranks)
+
+        runs = {name: start(name, settings, ranks) for name, (settings, ranks, _) in bad_inputs.items()}
         return {name: run.result() for name, run in runs.items()}
 
 

@@ -113,7 +113,7 @@ def test_the_global_batch_does_not_depend_on_ranks_or_micro_batches(stream):
 
 def test_bytes_of_targets_are_those_of_the_decoded_text(dataset, token_bytes):
     tokenizer = train_gpt.load_tokenizer(tiny_config(dataset))
-    for text in ("2024 is 3.14", "👍🏽 日本語 é", "\x00\x07 a", "ＡＢＣ　１２", "    indented\n\tcode", " broken   spacing "):
+    for text in ("2024 is 3.14", "👍🏽 日本語 é", "\x00\x07 a", "ＡＢＣ　１２", "    in\n\tcode", " broken   space "):
         tokens = np.array([tokenizer.bos_id(), *tokenizer.encode(text)])
         assert token_bytes.count(tokens).sum() == len(tokenizer.decode(tokens.tolist()).encode())
     # By hand: control tokens are 0, a byte token 1, a leading space 1 unless a control token comes before it.
@@ -363,7 +363,8 @@ def test_windows_of_the_challenge_and_of_nothing():
 
 
 def test_chunks_hold_every_window_once_by_first_target():
-    for num_targets, length, stride, chunk in ((736, 32, 8, 128), (9000, 256, 96, 960), (128, 32, 8, 128), (40, 32, 8, 64)):
+    geometries = ((736, 32, 8, 128), (9000, 256, 96, 960), (128, 32, 8, 128), (40, 32, 8, 64))
+    for num_targets, length, stride, chunk in geometries:
         chunks = train_gpt.plan_chunks(num_targets, length, stride, chunk)
         np.testing.assert_array_equal(np.concatenate(chunks), sliding_windows(num_targets, length, stride))
         for index, windows in enumerate(chunks):
