@@ -22,7 +22,7 @@ def test_the_table_is_that_of_the_run(table):
     assert bpb["int5/int6, sliding window, TTT (submitted)"] == run.submission["val_bpb"]
     assert bpb["after training"] == run.events("val")[-1]["val_bpb"]
     assert took["targets scored"] == TINY["MAX_VAL_TOKENS"] and took["chunks"] == 6
-    text = demo.scored_text(settings, took["targets"])
+    text = demo.scored_text(settings, took["targets scored"])
     assert bpb["xz -9e"] == 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
     # The same text as was scored: a document cut in the middle of a character aside, the same number of bytes.
     assert abs(len(text) - took["bytes of text"]) <= 4
