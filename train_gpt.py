@@ -966,6 +966,7 @@ def evaluate_artifact(run: Run, path: str | Path, evaluator: Evaluator) -> None:
                 np.save(config.val_nll_path, nats)
 
 def main() -> None:
+    """A run from settings to score: check everything, warm up, train and store (unless ARTIFACT is set), evaluate."""
     code = Path(__file__).read_bytes()
     config = Config.from_env(os.environ)
     dist = Dist(config.device, os.environ)
@@ -978,9 +979,8 @@ def main() -> None:
     token_bytes = TokenBytes(load_tokenizer(config))
     val_stream = TokenStream(config, "val")
     train_stream = None if config.artifact else TokenStream(config, "train")
-    run_id = config.run_id or dist.from_master(time.strftime(f"%Y%m%d_%H%M%S_seed{config.seed}"))
-    config = replace(config, run_id=run_id)
-    log = Log(Path("logs") / run_id if dist.is_master else None)
+    config = replace(config, run_id=config.run_id or dist.from_master(time.strftime(f"%Y%m%d_%H%M%S_s{config.seed}")))
+    log = Log(Path("logs") / config.run_id if dist.is_master else None)
     describe(log, config, dist, code)
     run = build_run(config, dist, log)
     evaluator = Evaluator(run, val_stream.read(0, val_stream.num_tokens), token_bytes)
