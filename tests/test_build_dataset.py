@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import zstandard
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "data")]
 import build_dataset  # noqa: E402
+import dataset_files  # noqa: E402
 
 from train_gpt import TokenBytes  # noqa: E402
 
@@ -182,7 +184,8 @@ def test_manifest_matches_the_files(built):
     raw_bytes = sum(len(text.encode()) for text in TEXTS + list(TRICKY.values())) - len("\u2581".encode())
     assert sum(counts["raw_bytes"] for counts in manifest["splits"].values()) == raw_bytes
     assert manifest["origins"] == {"corpus.jsonl": {"documents": 55, "raw_bytes": raw_bytes}}
-    assert manifest["skipped"] == {"unparseable_files": 0, "empty_documents": 1, "duplicate_documents": 0}
+    assert manifest["skipped"] == {"unparseable_files": 0, "empty_documents": 1, "duplicate_documents": 0,
+                                   "training_documents_in_validation": 0}
 
 
 def test_duplicates_are_dropped_across_the_whole_source(tmp_path, capsys):
@@ -206,7 +209,143 @@ def test_split_does_not_depend_on_the_order_of_the_source(built, tmp_path):
     assert read_split(tmp_path / "out", "train") == read_split(built, "train")
 
 
+# ---- Scale: nothing depends on how the work is cut ----
+
+@pytest.mark.parametrize("order", ["shuffled", "source"])
+def test_workers_and_sizes_of_the_parts_do_not_change_a_byte(source, tmp_path, monkeypatch, order):
+    twice = jsonl(tmp_path / "twice.jsonl", [*TEXTS[:9], *(text + "." for text in TEXTS)])
+    options = ["--order", order, "--source", str(source), str(twice), "--val-docs", "20", "--shard-tokens", "999"]
+    assert build(source, tmp_path / "whole", *options, "--workers", "1") == 0
+    for name, workers in (("UNIT_BYTES", 3000), ("RUN_BYTES", 2000), ("BUCKET_BYTES", 1500), ("GROUP_DOCS", 7),
+                          ("ENCODE_BATCH_DOCS", 3)):
+        monkeypatch.setattr(build_dataset, name, workers)  # the worker processes are forks and see it
+    for workers in (1, 3):
+        out = tmp_path / f"{workers}_workers"
+        assert build(source, out, *options, "--workers", str(workers)) == 0
+        assert file_bytes(out) == file_bytes(tmp_path / "whole")
+    assert json.loads((out / "manifest.json").read_text())["skipped"]["duplicate_documents"] == 9
+
+
+def test_runs_and_buckets_are_as_small_as_asked(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(build_dataset, "RUN_BYTES", 2000)
+    monkeypatch.setattr(build_dataset, "BUCKET_BYTES", 1500)
+    arguments = ["--source", str(source), "--out", str(tmp_path / "out")]
+    settings = build_dataset.parse_arguments(arguments, Path("unused"))
+    settings.partial.mkdir(parents=True)
+    runs = build_dataset.collect(settings, build_dataset.Counter())
+    assert len(runs) > 5 and max(run.text_bytes for run in runs) < 2000 + 500  # and one document
+    buckets = build_dataset.cut_into_buckets(runs, build_dataset.OTHERS)
+    texts = [[document.text for document in bucket.documents(runs)] for bucket in buckets]
+    assert len(buckets) > 5 and max(sum(map(len, bucket)) for bucket in texts) < 3 * 1500
+    assert sorted(text for bucket in texts for text in bucket) == sorted(
+        [*TEXTS, *(text for text in TRICKY.values() if text != TRICKY["lone U+2581"])])
+
+
+def test_order_of_the_source_is_kept_and_validation_comes_first(tmp_path):
+    source = jsonl(tmp_path / "corpus.jsonl", [TEXTS[3], *TEXTS, TEXTS[5] + "!"])
+    assert build(source, tmp_path / "out", "--order", "source", "--val-docs", "4") == 0
+    expected = [normalised(text) for text in [TEXTS[3], *TEXTS[:3], *TEXTS[4:], TEXTS[5] + "!"]]
+    assert decoded_documents(tmp_path / "out", "val") == expected[:4]
+    assert decoded_documents(tmp_path / "out", "train") == expected[4:]
+
+
+@pytest.mark.parametrize("order", ["shuffled", "source"])
+def test_documents_of_both_inputs_are_in_validation_only(tmp_path, capsys, order):
+    spaced = [text.replace(" ", "   ", 1) for text in TEXTS[5:8]]  # other bytes, the same tokens
+    train, val = jsonl(tmp_path / "a.jsonl", [*TEXTS[3:], *spaced]), jsonl(tmp_path / "b.jsonl", [*TEXTS[:8], TEXTS[0]])
+    assert build(train, tmp_path / "out", "--val-source", str(val), "--order", order) == 0
+    expected = [normalised(text) for text in TEXTS]
+    assert sorted(decoded_documents(tmp_path / "out", "val")) == sorted(expected[:8])
+    assert sorted(decoded_documents(tmp_path / "out", "train")) == sorted(expected[8:])
+    assert "6 duplicate_documents, 3 training_documents_in_validation" in capsys.readouterr().out
+    assert build(train, tmp_path / "few", "--val-source", str(val), "--order", order, "--val-docs", "2") == 0
+    val, train = (decoded_documents(tmp_path / "few", split) for split in ("val", "train"))
+    assert len(val) == 2 and not set(val) & set(train) and set(expected[8:]) <= set(train)
+
+
+def test_documents_and_bytes_are_counted_by_source(tmp_path, monkeypatch):
+    lines = [{"text": text, "source": f"s{number % 3}"} for number, text in enumerate(TEXTS)] + [{"text": "no source"}]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert build(tmp_path / "c.jsonl", tmp_path / "out") == 0
+    origins = json.loads((tmp_path / "out" / "manifest.json").read_text())["origins"]
+    assert origins == {"c.jsonl": {"documents": 1, "raw_bytes": 9}} | {
+        f"s{n}": {"documents": len(TEXTS[n::3]), "raw_bytes": sum(len(text) for text in TEXTS[n::3])} for n in range(3)}
+    monkeypatch.setattr(build_dataset, "MAX_ORIGINS", 2)
+    assert build(tmp_path / "c.jsonl", tmp_path / "two", "--order", "source") == 0
+    origins = json.loads((tmp_path / "two" / "manifest.json").read_text())["origins"]
+    assert {name: counts["documents"] for name, counts in origins.items()} == {"(others)": 14, "s0": 14, "s1": 13}
+
+
+def test_tokenizer_is_reused(built, source, tmp_path, capsys):
+    (model,) = built.glob("*.model")
+    shards = [f"--shard-tokens={1500}", "--val-docs=20"]
+    arguments = ["--source", str(source), "--tokenizer", str(model), "--out"]
+    assert build_dataset.main([*arguments, str(tmp_path / "out"), *shards]) == 0
+    same = {name: content for name, content in file_bytes(built).items() if name != "manifest.json"}
+    assert same.items() <= file_bytes(tmp_path / "out").items()
+    assert build_dataset.main([*arguments, str(tmp_path / "out"), *shards]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert build_dataset.main([*arguments, str(tmp_path / "other"), "--vocab-size", "500"]) == 1
+    assert f"--vocab-size 500: --tokenizer {model} has 450 pieces" in capsys.readouterr().err
+
+
+def test_disk_full_is_one_line_and_leaves_nothing(tmp_path):
+    """On a file system of 64 KB, in a mount namespace of its own."""
+    source = jsonl(tmp_path / "corpus.jsonl", [words(number, 60) for number in range(400)])
+    (tmp_path / "small").mkdir()
+    command = ['mount -t tmpfs -o size=64k tmpfs "$0" && "$@"; echo "status $?"; ls -A "$0"', str(tmp_path / "small"),
+               sys.executable, str(REPOSITORY / "data" / "build_dataset.py"), "--source", str(source),
+               "--vocab-size", "450", "--out", str(tmp_path / "small" / "out")]
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", *command], capture_output=True, text=True)
+    if "status" not in done.stdout or "mount:" in done.stderr:
+        pytest.skip("no mount namespaces here: " + done.stderr.strip())
+    assert done.stderr.startswith("error: no space left for ") and done.stderr.count("\n") == 1
+    assert done.stdout.endswith("status 1\n"), done.stdout
+
+
 # ---- Sources ----
+
+@pytest.mark.parametrize("row_group_size", [7, 1000])
+def test_parquet_gives_the_same_shards(built, tmp_path, row_group_size):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    texts = TEXTS + list(TRICKY.values())
+    table = pyarrow.table({"id": range(len(texts)), "text": texts, "source": ["web", None, ""] * 18 + ["web", None]})
+    pyarrow.parquet.write_table(table, tmp_path / "corpus.parquet", row_group_size=row_group_size)
+    assert build(tmp_path / "corpus.parquet", tmp_path / "out", "--val-docs", "20", "--shard-tokens", "1500") == 0
+    shards = {name: content for name, content in file_bytes(built).items() if name != "manifest.json"}
+    assert shards.items() <= file_bytes(tmp_path / "out").items()
+    origins = json.loads((tmp_path / "out" / "manifest.json").read_text())["origins"]
+    assert {name: counts["documents"] for name, counts in origins.items()} == {"web": 19, "corpus.parquet": 36}
+
+
+def test_bad_parquet_is_an_error(tmp_path, capsys):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    path = tmp_path / "corpus.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"body": TEXTS}), path)
+    assert build(path, tmp_path / "out") == 1
+    assert "no column \"text\" of strings among ['body']" in capsys.readouterr().err
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), path)
+    whole = path.read_bytes()
+    for damaged in (whole[:-300], whole[:100] + bytes(400) + whole[500:]):
+        path.write_bytes(damaged)
+        assert build(path, tmp_path / "out") == 1
+        error = capsys.readouterr().err
+        assert "get the file again" in error and error.count("\n") == 1
+
+
+def test_folder_may_hold_every_kind(tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    jsonl(folder / "a.jsonl", TEXTS[:10])
+    jsonl(folder / "b.jsonl.gz", TEXTS[10:20], gzip.compress)
+    for number, text in enumerate(TEXTS[20:]):
+        (folder / f"{number}.txt").write_text(text)
+    assert build(folder, tmp_path / "out") == 0
+    documents = decoded_documents(tmp_path / "out", "train") + decoded_documents(tmp_path / "out", "val")
+    assert sorted(documents) == sorted(normalised(text) for text in TEXTS)
+
 
 @pytest.mark.parametrize(("ending", "compress"), [
     (".jsonl.gz", gzip.compress),
@@ -235,7 +374,7 @@ def test_folder_gives_one_document_a_file(tmp_path):
 def test_text_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path):
     content = "".join(f"{words(number, 90)}\r\n \r\n" for number in range(60)) + "日本語 end"
     (tmp_path / "book.txt").write_bytes(content.encode())
-    documents = [document.text for document in build_dataset.text_file(tmp_path / "book.txt")]
+    documents = [document.text for document in build_dataset.text_file(tmp_path / "book.txt", Counter())]
     assert "".join(documents) == content
     assert all(2000 <= len(text) < 3100 and text.endswith("\n") for text in documents[:-1])
     assert len(documents) > 10
@@ -288,7 +427,7 @@ def test_docstrings_are_found_cleaned_and_never_imported(docs):
     assert build_dataset.docstrings(docs.parent / "stdlib" / "template.py") is None
 
 
-def test_default_source(docs, capsys, monkeypatch):
+def test_default_source(docs, capsys):
     assert build("docs", docs) == 0
     out = capsys.readouterr().out
     assert "no-such-package of requirements.txt is not installed" in out
@@ -296,11 +435,8 @@ def test_default_source(docs, capsys, monkeypatch):
     manifest = json.loads((docs / "manifest.json").read_text())
     assert set(manifest["origins"]) == {"python", "MarkupSafe", "typing_extensions", "pydoc topics"}
     assert manifest["origins"]["python"]["documents"] == 5
-    assert manifest["source"]["packages"]["no-such-package"] is None
+    assert manifest["sources"]["source"][0]["packages"]["no-such-package"] is None
     assert manifest["skipped"]["unparseable_files"] == 1
-    monkeypatch.setattr(build_dataset.os, "cpu_count", lambda: 5)
-    assert build("docs", docs.with_name("other")) == 0
-    assert file_bytes(docs.with_name("other")) == file_bytes(docs), "the number of workers changes the result"
 
 
 def test_default_places_follow_source_and_vocabulary(source):
@@ -333,18 +469,42 @@ def test_rerun_does_nothing_until_something_changes(tmp_path, capsys):
     assert not rebuilt("--seed", "2")
 
 
-@pytest.mark.parametrize("step", ["encode_split", "write_shards", "publish", "write_aside", "file_entry"])
-def test_killed_build_never_looks_complete_and_is_redone(source, tmp_path, monkeypatch, step):
-    def killed(*arguments):
+@pytest.mark.parametrize("step", [
+    (build_dataset, "drop_duplicates"), (build_dataset, "encode_split"), (build_dataset, "publish"),
+    (build_dataset, "write_aside"), (build_dataset, "file_entries"), (dataset_files, "write_aside")])
+def test_interrupted_build_never_looks_complete_and_leaves_nothing_behind(source, tmp_path, monkeypatch, capsys, step):
+    def interrupted(*arguments):
         raise KeyboardInterrupt
 
     out = tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(build_dataset, step, killed)
-        build(source, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(*step, interrupted)
+        assert build(source, out) == 1
+    assert capsys.readouterr().err == "error: interrupted\n"
     assert not (out / "manifest.json").exists()
+    assert out.exists() == (step[1] not in ("drop_duplicates", "encode_split")), "before publishing nothing is left"
     assert build(source, out) == 0
     assert not any(path.name.endswith(".partial") for path in out.iterdir())
+
+
+def test_killed_build_is_redone_and_its_workers_end(source, tmp_path, built):
+    script = ("import sys, time; sys.path.insert(0, 'data'); import build_dataset as b\n"
+              "original = b.Encoder.__call__\n"
+              "def slow(self, bucket):\n    print('encoding', flush=True); time.sleep(60)\n"
+              "b.Encoder.__call__ = slow\nb.main(sys.argv[1:])")
+    out = tmp_path / "out"
+    arguments = ["--source", str(source), "--out", str(out), "--vocab-size", str(VOCAB_SIZE), "--val-docs", "20",
+                 "--shard-tokens", "1500"]
+    process = subprocess.Popen([sys.executable, "-c", script, *arguments], cwd=REPOSITORY, stdout=subprocess.PIPE,
+                               text=True, start_new_session=True)
+    while process.stdout.readline() != "encoding\n":
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert (out / ".partial").exists() and not (out / "manifest.json").exists()
+    process.stdout.read()  # ends when the last worker, which holds the pipe too, is gone
+    assert build(source, out, "--val-docs", "20", "--shard-tokens", "1500") == 0
+    assert file_bytes(out) == file_bytes(built)
 
 
 # ---- Errors: one line on stderr, exit status 1 ----
@@ -362,7 +522,7 @@ LONG = "\n".join(json.dumps({"text": text}) for text in TEXTS).encode()
 ERRORS = [
     ("missing.jsonl", None, [], "missing.jsonl: no such file or folder"),
     ("docs", None, [], "requirements.txt: no such file"),
-    (".", None, [], "holds no .txt file"),
+    (".", None, [], "the folder holds no .txt, .jsonl"),
     ("corpus.csv", jsonl_of(b"a,b", "corpus.csv"), [], "accepted are docs"),
     ("corpus.txt", text_of(b"abc \xff def"), [], "corpus.txt: not UTF-8 at byte 4"),
     ("corpus.txt", text_of(b"one paragraph"), [], "1 distinct documents"),
@@ -384,6 +544,11 @@ ERRORS = [
     ("corpus.jsonl", jsonl_of(LONG), ["--vocab-size", "60000"], "too small for it: at most "),
     ("corpus.jsonl", jsonl_of(LONG), ["--vocab-size", "200"], "need at least "),
     ("corpus.jsonl", jsonl_of(LONG), ["--shard-tokens", "0"], "--shard-tokens 0: must be from 1"),
+    ("corpus.jsonl", jsonl_of(LONG), ["--workers", "0"], "--workers 0: must be from 1"),
+    ("corpus.jsonl", jsonl_of(LONG), ["--tokenizer", "no.model"], "--tokenizer no.model: no SentencePiece model"),
+    ("corpus.jsonl", jsonl_of(LONG), ["--tokenizer", __file__], "no SentencePiece model there"),
+    ("corpus.jsonl", jsonl_of(LONG), ["--val-source", "none.txt"], "none.txt: no such file or folder"),
+    ("corpus.parquet", jsonl_of(GOOD_LINE, "corpus.parquet"), [], "corpus.parquet: no whole .parquet file"),
 ]
 
 
