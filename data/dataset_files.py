@@ -138,6 +138,17 @@ def shard_header(tokens: int) -> bytes:
     return header.tobytes()
 
 
+def count_shard_tokens(path: Path) -> int:
+    """The number of tokens of a whole shard, from its header and size. Raises UserError for anything else."""
+    with open(path, "rb") as file:
+        header, size = file.read(SHARD_HEADER_BYTES), path.stat().st_size
+    magic, version, tokens = np.frombuffer(header.ljust(SHARD_HEADER_BYTES, b"\0"), "<i4")[:3].tolist()
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION) or tokens < 1 or size != SHARD_HEADER_BYTES + 2 * tokens:
+        raise UserError(f"{path}: {size} bytes, header {magic}, {version}, {tokens}: no whole shard (magic"
+                        f" {SHARD_MAGIC}, version {SHARD_VERSION}, tokens = (bytes - 1024) / 2): get it again")
+    return tokens
+
+
 def file_entry(path: Path) -> dict:
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -13,6 +13,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import sentencepiece as spm
 import zstandard
@@ -307,8 +309,6 @@ def test_disk_full_is_one_line_and_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("row_group_size", [7, 1000])
 def test_parquet_gives_the_same_shards(built, tmp_path, row_group_size):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
     texts = TEXTS + list(TRICKY.values())
     table = pyarrow.table({"id": range(len(texts)), "text": texts, "source": ["web", None, ""] * 18 + ["web", None]})
     pyarrow.parquet.write_table(table, tmp_path / "corpus.parquet", row_group_size=row_group_size)
@@ -320,8 +320,6 @@ def test_parquet_gives_the_same_shards(built, tmp_path, row_group_size):
 
 
 def test_bad_parquet_is_an_error(tmp_path, capsys):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
     path = tmp_path / "corpus.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"body": TEXTS}), path)
     assert build(path, tmp_path / "out") == 1
