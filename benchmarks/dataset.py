@@ -5,8 +5,8 @@
 
 Plain encoding is one process that holds all documents in memory and does nothing but SentencePieceProcessor.encode, in
 batches, on one thread; beside several workers, in as many processes at once. Building is everything from reading the
-source to the manifest's last byte, with the same tokenizer. Both are measured in turn, so that the ratio of each pair is
-of the same minute. Memory is that of the largest process, for a quarter of the source's text and for all of it.
+source to the manifest's last byte, with the same tokenizer. Both are measured in turn, so that the ratio of each pair
+is of the same minute. Memory is that of the largest process, for a quarter of the source's text and for all of it.
 """
 import argparse
 import contextlib

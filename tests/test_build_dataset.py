@@ -166,6 +166,16 @@ def test_shards_hold_every_document_once_in_one_split(built):
     assert not set(train) & set(val)
 
 
+def test_byte_layout_is_the_fields(tmp_path):
+    """Written out by hand from the published format, so that no constant of ours can be wrong on both sides."""
+    writer = build_dataset.ShardWriter(tmp_path, "train", 3)
+    writer.write(np.array([1, 258, 65535, 7], np.uint16))
+    writer.finish()
+    first, second = ((tmp_path / f"fineweb_train_00000{number}.bin").read_bytes() for number in range(2))
+    assert first == b"\x88\xd8\x34\x01" b"\x01\0\0\0" b"\x03\0\0\0" + bytes(1012) + b"\x01\0\x02\x01\xff\xff"
+    assert second == b"\x88\xd8\x34\x01" b"\x01\0\0\0" b"\x01\0\0\0" + bytes(1012) + b"\x07\0"
+
+
 def test_all_shards_but_the_last_are_full(built):
     sizes = [(path.stat().st_size - 1024) // 2 for path in sorted(built.glob("fineweb_train_*.bin"))]
     assert set(sizes[:-1]) == {1500}
