@@ -244,7 +244,7 @@ class Log:
 # They are memory-mapped, never read whole. Which tokens a step trains on is arithmetic on its number: the global batch
 # does not depend on the world size. Sequences cross document boundaries, as in the challenge's baseline.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
-GET_DATA = "run data/cached_challenge_fineweb.py (FineWeb) or data/build_dataset.py (any text), set what it prints"
+GET_DATA = "run 'python data/cached_challenge_fineweb.py' or 'python data/build_dataset.py', set what it prints"
 
 def open_shard(path: Path, vocab_size: int) -> np.ndarray:
     """Memory-maps a shard's tokens (uint16 [tokens]) after checking header, length and the first 16 M token ids."""
