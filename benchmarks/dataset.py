@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import sentencepiece as spm
@@ -27,6 +28,7 @@ import sentencepiece as spm
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "data"))
 import build_dataset  # noqa: E402
+import sources  # noqa: E402
 
 BATCH_DOCS = 1024  # as in the challenge's own export
 
@@ -34,8 +36,8 @@ BATCH_DOCS = 1024  # as in the challenge's own export
 def write_corpus(source: str, megabytes: float, folder: Path) -> list[str]:
     """Copies up to so much of a source's text to folder/all.jsonl, a quarter to folder/quarter.jsonl; returns all."""
     texts, size = [], 0
-    for unit in build_dataset.open_source(source, REPOSITORY / "requirements.txt").units():
-        for document in unit.reader(*unit.arguments, build_dataset.Counter()):
+    for unit in sources.open_source("--source", source, REPOSITORY / "requirements.txt").units():
+        for document in unit.reader(*unit.arguments, Counter()):
             if size < 1e6 * megabytes and document.text.strip():
                 texts.append(document.text)
                 size += len(document.text.encode())
@@ -96,11 +98,12 @@ def spread(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", default="docs")
+    parser.add_argument("--source", default="docs", help="as build_dataset.py takes it; best 100 MB of text or more")
     parser.add_argument("--megabytes", type=float, default=1e6, help="of the source's text; default: all of it")
-    parser.add_argument("--workers", type=int, nargs="+", default=sorted({1, len(os.sched_getaffinity(0))}))
-    parser.add_argument("--vocab-size", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--workers", type=int, nargs="+", default=sorted({1, len(os.sched_getaffinity(0))}),
+                        help="numbers of cores to compare; default: one, and all")
+    parser.add_argument("--vocab-size", type=int, default=1024, help="of the tokenizer that both use; default 1024")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds; default 5")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -115,14 +118,13 @@ def main() -> None:
             for count in arguments.workers:
                 plain[count].append(megabytes / seconds_to_encode(texts, tokenizer, count))
                 built[count].append(megabytes / seconds_to_build(folder, tokenizer, count) / count)
-        print("                                                     MB/s a core")
         for count in arguments.workers:
-            print(f"  plain encoding, {count} processes at once             {spread(plain[count])}")
-            print(f"  building, {count} workers                             {spread(built[count])}")
-            print(f"    over plain encoding in as many processes       "
-                  f"{spread([ours / theirs for ours, theirs in zip(built[count], plain[count])])}")
-            print(f"    over plain encoding in {arguments.workers[0]} process              "
-                  f"{spread([ours / theirs for ours, theirs in zip(built[count], plain[arguments.workers[0]])])}")
+            ratios = [ours / theirs for ours, theirs in zip(built[count], plain[count])]
+            print(f"  on {count} cores: plain encoding, MB/s a core        {spread(plain[count])}")
+            print(f"              building, MB/s a core              {spread(built[count])}")
+            print(f"              building over plain, pair by pair  {spread(ratios)}")
+        if megabytes < 100:
+            print("  under 100 MB, starting up and settling down weigh on these figures")
         for corpus, share in (("quarter", 0.25), ("all", 1.0)):
             peak = peak_megabytes(folder, corpus, tokenizer, max(arguments.workers))
             print(f"  memory of the largest process, {share * megabytes:6.1f} MB of text   {peak:8.0f} MB")

@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import sentencepiece as spm
@@ -38,6 +38,8 @@ from dataset_files import (
     check_range,
     count_shard_tokens,
     file_entry,
+    listed_name,
+    listed_path,
     read_manifest,
     run_tool,
     write_manifest,
@@ -47,7 +49,9 @@ from huggingface_hub.utils import HfHubHTTPError, build_hf_headers, get_session,
 
 DEFAULT_TRAIN_SHARDS = 80
 DOCUMENTS = ("docs_selected.jsonl", "docs_selected.source_manifest.json")
-RANGE_BYTES = 16_000_000  # held in memory by each thread, and lost at most by each when killed
+# Held in memory by each thread, and lost at most by each when killed. Ranges grow from the first to the second size
+# while each takes less than a second: few requests on a fast line, progress and a quick stop on a slow one.
+RANGE_BYTES = (1_000_000, 32_000_000)
 LISTING_PATHS = 500  # that the hub is asked about at once
 RETRY_SECONDS = (1, 2, 4, 8, 16)
 TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
@@ -101,10 +105,12 @@ def patiently(call: Callable, stop: threading.Event):
     for seconds in (*RETRY_SECONDS, None):
         try:
             return call()
-        except (TransportError, ShortAnswer) as error:
+        except (TransportError, ShortAnswer) as problem:
+            error = problem
             status = getattr(getattr(error, "response", None), "status_code", None)
             if seconds is None or stop.is_set() or status not in {None, *TRANSIENT_STATUS}:
                 raise
+        print(f"{type(error).__name__}{f' {status}' if status else ''}: trying again in {seconds} s", flush=True)
         stop.wait(seconds)
 
 
@@ -132,7 +138,7 @@ class Hub:
         """A question to the hub's API. Raises UserError for an answer that is none."""
         try:
             return patiently(call, self.stop)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # what parsing anything else raises
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # of parsing anything else
             raise UserError(f"{self.export}: not a valid name of a dataset, or no hub answers there ({error!r}): check"
                             " MATCHED_FINEWEB_REPO_ID and HF_ENDPOINT") from None
 
@@ -143,7 +149,7 @@ class Hub:
             paths = [self.export.remote(relative) for relative in relatives[start:start + LISTING_PATHS]]
             listing = self.ask(lambda paths=paths: self.api.get_paths_info(
                 self.export.repo_id, paths, revision=self.revision, repo_type="dataset"))
-            found.update((entry.path, entry) for entry in listing if hasattr(entry, "size"))  # a folder has none
+            found.update((str(entry.path), entry) for entry in listing if hasattr(entry, "size"))  # a folder has none
         items = []
         for relative in relatives:
             remote = self.export.remote(relative)
@@ -152,8 +158,11 @@ class Hub:
                                 " --variant), or set MATCHED_FINEWEB_REMOTE_ROOT_PREFIX")
             entry = found[remote]
             algorithm, digest = ("sha256", entry.lfs.sha256) if entry.lfs else ("git", entry.blob_id)
-            if not re.fullmatch("[0-9a-f]{40,64}", str(digest)):  # it becomes part of a file's name
-                raise UserError(f"{self.export}: lists {remote} with the digest {digest!r}: tell its owner")
+            # The digest becomes part of a file's name, the size a loop's end.
+            plain_size = type(entry.size) is int and 0 <= entry.size < 2**50
+            if not plain_size or not re.fullmatch("[0-9a-f]{40,64}", str(digest)):
+                raise UserError(f"{self.export}: lists {remote} with size {str(entry.size)[:20]} and digest"
+                                f" {str(digest)[:20]}: tell its owner")
             items.append(Item(relative, self.export.folder / relative, entry.size, algorithm, digest))
         return items
 
@@ -190,8 +199,11 @@ class Fetcher:
         with open(item.part, "ab") as part:
             try:
                 fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{item.path}: another download is writing it: wait for that one") from None
+                others = not os.path.samestat(os.fstat(part.fileno()), os.stat(item.part))
+            except (BlockingIOError, FileNotFoundError):
+                others = True
+            if others:  # or was, a moment ago: this may be the finished file, renamed since it was opened
+                raise UserError(f"{item.path}: another download is writing it: run again when that one has ended")
             for attempt in range(2):
                 self.append_rest(item, part)
                 if self.stop.is_set():
@@ -211,14 +223,19 @@ class Fetcher:
         try:
             if part.tell() > item.size:
                 part.truncate(0)
-            for start in range(part.seek(0, os.SEEK_END), item.size, RANGE_BYTES):
+            position, (size, largest) = part.seek(0, os.SEEK_END), RANGE_BYTES
+            while position < item.size:
                 if self.stop.is_set():
                     return
-                content = self.hub.read(item, start, min(start + RANGE_BYTES, item.size))
+                started = time.monotonic()
+                content = self.hub.read(item, position, min(position + size, item.size))
                 part.write(content)
                 part.flush()
                 with self.lock:
                     self.fetched += len(content)
+                position += len(content)
+                if time.monotonic() - started < 1:
+                    size = min(2 * size, largest)
             os.fsync(part.fileno())
         except OSError as error:
             if error.filename is None:  # write and fsync do not name the file
@@ -283,21 +300,21 @@ def make_plan(manifest: object, export: Export, arguments: argparse.Namespace) -
         stats, tokenizer_name = datasets[name]["stats"], datasets[name]["tokenizer_name"]
         train, val = int(stats["files_train"]), int(stats["files_val"])
         (tokenizer,) = [entry for entry in manifest["tokenizers"] if entry["name"] == tokenizer_name]
-        files = [PurePosixPath(tokenizer[key]) for key in ("model_path", "vocab_path", "path") if tokenizer.get(key)]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        paths = [str(tokenizer[key]) for key in ("model_path", "vocab_path", "path") if tokenizer.get(key)]
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"manifest.json of {export}: not as the challenge writes it ({error!r}): set"
                         " MATCHED_FINEWEB_REPO_ID and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX to an export") from None
-    for file in files:  # a stranger's list must not choose where on this disk we write
-        if file.parts[:1] != ("tokenizers",) or ".." in file.parts or len(file.parts) < 2:
-            raise UserError(f"manifest.json of {export}: tokenizer file {str(file)!r} is not under tokenizers/: set"
-                            " MATCHED_FINEWEB_REPO_ID to another export")
+    for path in paths:  # a stranger's list must not choose where on this disk we write
+        if not re.fullmatch(r"tokenizers(/\w[\w.+-]*)+", path, re.ASCII):
+            raise UserError(f"manifest.json of {export}: tokenizer file {path[:99]!r} is not a plain name under"
+                            " tokenizers/: set MATCHED_FINEWEB_REPO_ID to another export")
     wanted = min(train, DEFAULT_TRAIN_SHARDS) if arguments.train_shards is None else arguments.train_shards
-    if wanted > train or not 0 < val < 10**6:
+    if not 0 <= wanted <= train or not 0 < val < 10**6:
         raise UserError(f"--train-shards {wanted}: {export} has {train} training and {val} validation shards of"
                         f" {arguments.variant}: ask for at most {train}")
     shards = [f"datasets/{name}/fineweb_{split}_{number:06d}.bin"
               for split, count in (("val", val), ("train", wanted)) for number in range(count)]
-    return Plan(name, shards, [str(file) for file in files], list(DOCUMENTS) if arguments.with_docs else [])
+    return Plan(name, shards, list(dict.fromkeys(paths)), list(DOCUMENTS) if arguments.with_docs else [])
 
 
 def load_json(path: Path) -> object:
@@ -315,7 +332,7 @@ def recorded_files(export: Export, dataset: str) -> dict[str, dict]:
     downloaded = manifest.get("downloaded")
     if not isinstance(downloaded, dict) or (downloaded.get("repo_id"), downloaded.get("prefix")) != export[:2]:
         return {}
-    entries = {os.path.normpath(folder / name): entry for name, entry in manifest["files"].items()}
+    entries = {str(listed_path(folder, name)): entry for name, entry in manifest["files"].items()}
     return {path: entry for path, entry in entries.items()
             if os.path.isfile(path) and os.path.getsize(path) == entry["bytes"]}
 
@@ -338,7 +355,7 @@ def download(export: Export, arguments: argparse.Namespace) -> Plan:
     plan = local_plan(export, arguments)
     if plan:
         recorded = recorded_files(export, plan.dataset)
-        if all(str(export.folder / relative) in recorded for relative in plan.files):
+        if all(os.path.realpath(export.folder / relative) in recorded for relative in plan.files):
             print(f"{export.folder / 'datasets' / plan.dataset}: complete, nothing to do")
             return plan
     hub = Hub(export)
@@ -350,7 +367,8 @@ def download(export: Export, arguments: argparse.Namespace) -> Plan:
     items, recorded = hub.items(plan.files), recorded_files(export, plan.dataset)
     missing, progress = [], Progress("checking files that are here")
     for item in items:
-        if item.digest != recorded.get(str(item.path), {}).get("sha256") and not item.is_content_of(item.path):
+        here = recorded.get(os.path.realpath(item.path), {})
+        if item.digest != here.get("sha256") and not item.is_content_of(item.path):
             missing.append(item)
         progress.update(item.relative)
     Fetcher(hub).fetch_all(missing, arguments.workers)
@@ -362,9 +380,11 @@ def record(hub: Hub, plan: Plan, items: list[Item], recorded: dict[str, dict]) -
     """Writes the data set's own manifest: what is there and where it came from."""
     export = hub.export
     folder = export.folder / "datasets" / plan.dataset
-    entries = recorded | {str(item.path): {"bytes": item.size, "sha256": item.digest} if item.algorithm == "sha256" else
-                          file_entry(item.path) for item in items}
-    files = {os.path.relpath(path, folder): entry for path, entry in sorted(entries.items())}
+    entries = dict(recorded)
+    for item in items:
+        known = {"bytes": item.size, "sha256": item.digest} if item.algorithm == "sha256" else file_entry(item.path)
+        entries[os.path.realpath(item.path)] = known
+    files = {listed_name(folder, path): entry for path, entry in sorted(entries.items())}
     downloaded = {"endpoint": constants.ENDPOINT, "repo_id": export.repo_id, "prefix": export.prefix,
                   "revision": hub.revision}
     write_manifest(folder, {"downloaded": downloaded, "files": files})
@@ -403,7 +423,10 @@ def run(argv: list[str], folder: Path) -> int:
     print(f"{len(plan.shards)} shards; check them with: python data/verify.py {data_path}")
     models = [folder / file for file in plan.tokenizer if file.endswith(".model")]
     if models:
-        pieces = spm.SentencePieceProcessor(model_file=str(models[0])).vocab_size()
+        try:
+            pieces = spm.SentencePieceProcessor(model_proto=models[0].read_bytes()).vocab_size()
+        except RuntimeError:
+            raise UserError(f"{models[0]}: what {export} has there is no SentencePiece model: tell its owner") from None
         print(f"DATA_PATH={data_path} TOKENIZER_PATH={shlex.quote(str(models[0]))} VOCAB_SIZE={pieces}")
     else:
         print(f"note: {arguments.variant} has no SentencePiece model, which train_gpt.py needs")

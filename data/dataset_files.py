@@ -9,6 +9,7 @@ import errno
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -63,6 +64,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def run_tool(tool: Callable[[], int]) -> int:
     """The exit status of a tool's work; a problem that a person can solve becomes one line on stderr, and 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names of files may not be printable
+            stream.reconfigure(errors="backslashreplace")
     try:
         return tool()
     except UserError as error:
@@ -76,7 +80,7 @@ def run_tool(tool: Callable[[], int]) -> int:
         problem = "interrupted"
     except concurrent.futures.BrokenExecutor:
         problem = "a worker process was killed, most likely for want of memory: run again with fewer --workers"
-    print(f"error: {problem}", file=sys.stderr)
+    print("error: " + problem.replace("\n", " "), file=sys.stderr)
     return 1
 
 
@@ -115,7 +119,9 @@ def in_order(function: Callable, tasks: Iterable, workers: int) -> Iterator:
     """function(task) of every task, in order, from so many processes. They get the function once. Unlike Executor.map,
     which starts all tasks, this has few started, so that no more results than those are held in memory."""
     tasks, running = iter(tasks), deque()
-    with concurrent.futures.ProcessPoolExecutor(workers, initializer=_adopt, initargs=(function, os.getpid())) as pool:
+    # Forked, also where Python would start workers otherwise: they share what is loaded, and are this one's children.
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _adopt,
+                                                (function, os.getpid())) as pool:
         try:
             while True:
                 for task in itertools.islice(tasks, 2 * workers - len(running)):
@@ -154,10 +160,24 @@ def file_entry(path: Path) -> dict:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def file_entries(paths: list[Path], folder: Path, threads: int) -> dict[str, dict]:
-    """A manifest's "files": {path relative to folder: {"bytes": ..., "sha256": ...}}, hashed in threads."""
+def file_entries(paths: list[Path], threads: int) -> dict[Path, dict]:
+    """file_entry of each, hashed in threads."""
+    progress, entries = Progress("hashing"), {}
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        return {os.path.relpath(path, folder): entry for path, entry in zip(paths, pool.map(file_entry, paths))}
+        for path, entry in zip(paths, pool.map(file_entry, paths), strict=True):
+            entries[path] = entry
+            progress.update(f"{len(entries)} of {len(paths)} files", sum(each["bytes"] for each in entries.values()))
+    return entries
+
+
+def listed_name(folder: Path, path: Path) -> str:
+    """How the folder's manifest names a file. Links on the way to either are followed, as the system will do."""
+    return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
+
+
+def listed_path(folder: Path, name: str) -> Path:
+    """The file that the folder's manifest names."""
+    return Path(os.path.normpath(os.path.join(os.path.realpath(folder), name)))
 
 
 def write_aside(path: Path, content: bytes) -> None:
@@ -176,8 +196,8 @@ def read_manifest(folder: Path) -> dict | None:
     """The manifest of a data set; None if there is none of ours, whatever else lies there."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        whole = all(isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)
-                    for entry in manifest["files"].values())
+        whole = all(isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) and "\0" not in name
+                    and len(os.fsencode(name)) < 4096 for name, entry in manifest["files"].items())
         return manifest if whole else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

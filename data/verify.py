@@ -11,6 +11,7 @@ status 1 if one fails. Reads every byte once or twice: on all cores, at about th
 import hashlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from dataset_files import (
     count_shard_tokens,
     file_entries,
     in_order,
+    listed_path,
     read_manifest,
     run_tool,
     shard_paths,
@@ -43,11 +45,20 @@ class Report:
     def __init__(self):
         self.failed = False
 
-    def __call__(self, good: bool, text: str, otherwise: str = "", merely: bool = False) -> None:
-        """text if good, else the other one, which fails the data set unless it is merely worth knowing."""
+    def __call__(self, good: bool, text: str, otherwise: str, merely: bool = False) -> None:
+        """Prints text if good, else otherwise, which fails the data set unless it is merely worth knowing."""
         self.failed |= not (good or merely)
-        print(f"  {'ok  ' if good else 'note' if merely else 'FAIL'}  {text if good or not otherwise else otherwise}",
-              flush=True)
+        print(f"  {'ok  ' if good else 'note' if merely else 'FAIL'}  {text if good else otherwise}", flush=True)
+
+    def succeeds(self, check: Callable[[], object], text: str) -> bool:
+        """Whether a check raises no UserError; what it raises is a finding like others."""
+        try:
+            check()
+        except UserError as error:
+            self(False, text, str(error))
+            return False
+        self(True, text, "")
+        return True
 
 
 # ---- One shard, in a worker process
@@ -61,6 +72,7 @@ class Scan(NamedTuple):
     text_bytes: int  # as train_gpt.py counts them; 0 if an id is out of range
     sampled: int  # documents decoded
     miscounted: str  # an example of one that does not decode to what is counted, or ""
+    recoded: int  # documents decoded that encode to the same tokens again
     head: bytes  # uint16 tokens before the first bos
     tail: bytes  # from the last bos on
     digests: list[bytes]  # of the documents from the first bos to the last, if this is validation
@@ -79,7 +91,7 @@ class Scanner(NamedTuple):
         tokens = np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES)
         highest, starts = int(tokens.max()), np.flatnonzero(tokens == tokenizer.bos_id()).tolist()
         documents = [tokens[start:end] for start, end in zip(starts[:-1], starts[1:])]
-        text_bytes, sampled, miscounted = 0, 0, ""
+        text_bytes, sampled, miscounted, recoded = 0, 0, "", 0
         if highest < self.config.vocab_size:
             token_bytes = TokenBytes(tokenizer)
             for start in range(0, len(tokens), COUNT_TOKENS):
@@ -88,12 +100,14 @@ class Scanner(NamedTuple):
             for document in documents[::max(1, len(documents) // SAMPLE_DOCUMENTS)]:
                 text, counted = tokenizer.decode(document[1:].tolist()), int(token_bytes.count(document).sum())
                 sampled += 1
+                recoded += tokenizer.encode(text) == document[1:].tolist()
                 if counted != len(text.encode()):
                     miscounted = f"{text[:40]!r} counts {counted} bytes but decodes to {len(text.encode())}"
         digests = [digest_of(document) for document in documents if len(document) > 1]
         is_val = self.val_digests is None
+        head, tail = (tokens[:starts[0]], tokens[starts[-1]:]) if starts else (tokens, tokens[:0])
         return Scan(len(tokens), highest, len(starts), len(documents) - len(digests), text_bytes, sampled, miscounted,
-                    tokens[:starts[0] if starts else None].tobytes(), tokens[starts[-1]:].tobytes() if starts else b"",
+                    recoded, head.tobytes(), tail.tobytes(),
                     digests if is_val else [], 0 if is_val else sum(each in self.val_digests for each in digests))
 
 
@@ -106,20 +120,49 @@ def digest_of(document: np.ndarray | bytes) -> bytes:
 
 def check_files(report: Report, folder: Path, manifest: dict | None, workers: int) -> None:
     """Every file of the manifest is there as listed, and no shard is that is not listed."""
-    report(manifest is not None, "manifest.json lists files", "no manifest.json that lists files: their SHA-256 is not"
-           " checked", merely=True)
     if manifest is None:
+        report(False, "", "manifest.json does not list files as our tools do: get or build the data set again"
+               if (folder / "manifest.json").exists() else "no manifest.json: no SHA-256 to check",
+               merely=not (folder / "manifest.json").exists())
         return
-    listed = manifest["files"]
-    paths = [folder / name for name in listed if (folder / name).is_file()]
-    missing = sorted(set(listed) - {os.path.relpath(path, folder) for path in paths})
-    report(not missing, "no listed file is missing", f"missing: {', '.join(missing[:5])}: get or build it again")
-    found = file_entries(paths, folder, workers)
-    changed = [name for name, entry in found.items() if entry != listed[name]]
+    paths = {name: listed_path(folder, name) for name in manifest["files"]}
+    missing = [name for name, path in paths.items() if not path.is_file()]
+    report(not missing, "no listed file is missing", f"missing: {shown(missing)}: get or build it again")
+    found = file_entries([path for path in paths.values() if path.is_file()], workers)
+    changed = [name for name, path in paths.items() if path in found and found[path] != manifest["files"][name]]
     report(not changed, f"{len(found)} files have the bytes and SHA-256 listed",
-           f"not as listed: {', '.join(changed[:5])}: get or build it again")
-    stray = [path.name for path in sorted(folder.glob("fineweb_*.bin")) if path.name not in listed]
-    report(not stray, "no shard is unlisted", f"unlisted, and yet train_gpt.py would read: {', '.join(stray[:5])}")
+           f"not as listed: {shown(changed)}: get or build it again")
+    stray = [path.name for path in sorted(folder.glob("fineweb_*.bin")) if path not in paths.values()]
+    report(not stray, "no shard is unlisted", f"unlisted, and yet train_gpt.py would read: {shown(stray)}")
+
+
+def shown(names: list[str]) -> str:
+    """The first few of names that may be a stranger's."""
+    return ", ".join(ascii(name)[1:-1] for name in names[:5])
+
+
+def check_shards(report: Report, split: str, config: Config) -> bool:
+    """Whether the split can be read at all: each shard by itself, then as train_gpt.py's start-up opens them."""
+    paths = shard_paths(Path(config.data_path), split)
+    broken = [path for path in paths if not report_whole(report, path)]
+    if broken:
+        return False
+    if not report.succeeds(lambda: TokenStream(config, split), f"{split}: train_gpt.py opens the {len(paths)} shards"):
+        return bool(paths)
+    expected = [f"fineweb_{split}_{number:06d}.bin" for number in range(len(paths))]
+    report([path.name for path in paths] == expected, f"{split}: shards are numbered from 0 on without gaps",
+           f"{split}: shards are numbered from {paths[0].name} to {paths[-1].name}, with gaps", merely=True)
+    return True
+
+
+def report_whole(report: Report, path: Path) -> bool:
+    """Whether a shard is whole; only one that is not is reported."""
+    try:
+        count_shard_tokens(path)
+    except (UserError, OSError) as error:
+        report(False, "", str(error))
+        return False
+    return True
 
 
 def check_split(report: Report, split: str, config: Config, val_digests: frozenset[bytes] | None, workers: int,
@@ -128,14 +171,16 @@ def check_split(report: Report, split: str, config: Config, val_digests: frozens
     are in validation if it is training."""
     paths, bos = shard_paths(Path(config.data_path), split), load_tokenizer(config).bos_id()
     before = [bos, *(int(np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES)[-1]) for path in paths[:-1])]
-    counts, highest, sampled, miscounted, empty = dict(documents=0, tokens=0, normalised_bytes=0), 0, 0, "", 0
+    counts = dict(documents=0, tokens=0, normalised_bytes=0)
+    highest, sampled, recoded, miscounted, empty = 0, 0, 0, "", 0
     digests, in_validation, first, pending, progress = set(), 0, None, b"", Progress(f"reading {split}")
 
-    def complete(document: bytes) -> None:  # one that crossed the end of a shard
-        nonlocal in_validation
+    def complete(document: bytes) -> None:  # one that crossed the end of a shard, or ended with the last one
+        nonlocal in_validation, empty
         if len(document) > 2:
             digests.add(digest_of(document))
             in_validation += val_digests is not None and digest_of(document) in val_digests
+        empty += len(document) == 2 and counts["documents"] > 0
 
     for scan in in_order(Scanner(config, val_digests), zip(paths, before), workers):
         first = scan.head[:2] if first is None else first
@@ -150,7 +195,7 @@ def check_split(report: Report, split: str, config: Config, val_digests: frozens
         counts["tokens"] += scan.tokens
         counts["normalised_bytes"] += scan.text_bytes
         highest, sampled, empty = max(highest, scan.highest), sampled + scan.sampled, empty + scan.empty
-        miscounted = miscounted or scan.miscounted
+        miscounted, recoded = miscounted or scan.miscounted, recoded + scan.recoded
         progress.update(f"{counts['tokens']:,} tokens")
     complete(pending)
     report(highest < config.vocab_size, f"{split}: every token id is below {config.vocab_size}", f"{split}: token id"
@@ -160,19 +205,23 @@ def check_split(report: Report, split: str, config: Config, val_digests: frozens
     report(not empty, f"{split}: no document is empty", f"{split}: {empty:,} documents are empty", merely=True)
     report(not miscounted, f"{split}: the bytes counted for {sampled:,} sampled documents are those they decode to",
            f"{split}: {miscounted}: its BPB would be wrong")
+    report(2 * recoded >= sampled, f"{split}: {recoded:,} of them encode to the same tokens again",
+           f"{split}: only {recoded:,} of them encode to the same tokens again: the tokenizer is another one")
     return counts, frozenset(digests), in_validation
 
 
 def check_counts(report: Report, split: str, counts: dict[str, int], manifest: dict | None) -> None:
-    shown = (f"{split}: {counts['tokens']:,} tokens, {counts['normalised_bytes']:,} bytes of text,"
+    found = (f"{split}: {counts['tokens']:,} tokens, {counts['normalised_bytes']:,} bytes of text,"
              f" {counts['normalised_bytes'] / counts['tokens']:.3f} bytes a token")
-    try:
-        listed = {name: manifest["splits"][split][name] for name in counts}
-    except (KeyError, TypeError):  # downloaded: the publisher's manifest has no such counts
-        listed = None
-    wrong = [f"{counts[name]:,} {name}, not {listed[name]}" for name in listed or () if counts[name] != listed[name]]
-    report(not wrong, shown + (", as the manifest says" if listed else ""),
-           f"{split}: {'; '.join(wrong)} as the manifest says")
+    if manifest is None or "splits" not in manifest:  # downloaded: the publisher has no such counts
+        report(True, found, "")
+        return
+    splits = manifest["splits"]
+    listed = splits.get(split) if isinstance(splits, dict) else None
+    listed = listed if isinstance(listed, dict) else {}
+    wrong = [f"{counts[name]:,} {name}, not {str(listed.get(name))[:20]}" for name in counts
+             if counts[name] != listed.get(name)]
+    report(not wrong, f"{found}, as the manifest says", f"{split}: {'; '.join(wrong)} as the manifest says")
 
 
 def verify(folder: Path, tokenizer: Path | None, workers: int) -> bool:
@@ -181,27 +230,25 @@ def verify(folder: Path, tokenizer: Path | None, workers: int) -> bool:
     models = sorted(name for name in (manifest or {}).get("files", {}) if name.endswith(".model"))
     if tokenizer is None and not models:
         raise UserError(f"{folder}: no manifest.json there that names a tokenizer: give --tokenizer FILE.model")
-    tokenizer = tokenizer or folder / models[0]
-    environment = {name: value for name, value in os.environ.items() if name == "TRAIN_SEQ_LEN"}
-    config = Config.from_env(environment | {
-        "DATA_PATH": str(folder), "TOKENIZER_PATH": str(tokenizer), "VOCAB_SIZE": str(count_pieces(tokenizer))})
-    print(f"{folder}, tokenizer {os.path.relpath(tokenizer, folder)}")
-    check_files(report, folder, manifest, workers)
-    tokens = {split: [count_shard_tokens(path) for path in shard_paths(folder, split)] for split in ("train", "val")}
-    for split in tokens:
-        TokenStream(config, split)  # train_gpt.py's own start-up
-        names = [path.name for path in shard_paths(folder, split)]
-        gaps = names != [f"fineweb_{split}_{number:06d}.bin" for number in range(len(names))]
-        report(not gaps, f"{split}: {len(names)} whole shards, none left out, and train_gpt.py opens them",
-               f"{split}: shards are numbered from {names[0]} to {names[-1]}, with gaps", merely=True)
-    counts, val_digests, _ = check_split(report, "val", config, None, workers)
-    check_counts(report, "val", counts, manifest)
-    counts, _, in_validation = check_split(report, "train", config, val_digests, workers)
-    check_counts(report, "train", counts, manifest)
-    # What the challenge published is the official split, whatever is in it: to be known, not to be mended.
-    report(not in_validation, f"no training document is one of the {len(val_digests):,} of validation",
-           f"{in_validation:,} training documents are in validation, token for token",
-           merely="downloaded" in (manifest or {}))
+    tokenizer = tokenizer or listed_path(folder, models[0])
+    lengths = {name: value for name, value in os.environ.items() if name == "TRAIN_SEQ_LEN"}  # as train_gpt.py will
+    config = Config.from_env({"TRAIN_BATCH_TOKENS": lengths.get("TRAIN_SEQ_LEN", str(Config.train_batch_tokens)),
+                              "TTT_CHUNK_TOKENS": lengths.get("TRAIN_SEQ_LEN", str(Config.ttt_chunk_tokens)),
+                              "EVAL_STRIDE": lengths.get("TRAIN_SEQ_LEN", str(Config.eval_stride)), **lengths,
+                              "DATA_PATH": os.path.realpath(folder), "TOKENIZER_PATH": str(tokenizer),
+                              "VOCAB_SIZE": str(count_pieces(tokenizer))})
+    print(f"{folder}, tokenizer {shown([str(tokenizer)])}")
+    check_files(report, Path(config.data_path), manifest, workers)
+    readable = [check_shards(report, split, config) for split in ("val", "train")]
+    if all(readable):
+        counts, val_digests, _ = check_split(report, "val", config, None, workers)
+        check_counts(report, "val", counts, manifest)
+        counts, _, in_validation = check_split(report, "train", config, val_digests, workers)
+        check_counts(report, "train", counts, manifest)
+        # What the challenge published is the official split, whatever is in it: to be known, not to be mended.
+        report(not in_validation, f"no training document is one of the {len(val_digests):,} of validation",
+               f"{in_validation:,} training documents are in validation, token for token",
+               merely="downloaded" in (manifest or {}))
     print("good" if not report.failed else "NOT GOOD: see the lines marked FAIL")
     return not report.failed
 
@@ -209,7 +256,7 @@ def verify(folder: Path, tokenizer: Path | None, workers: int) -> bool:
 def count_pieces(tokenizer: Path) -> int:
     """Of a SentencePiece model that has a bos. Raises UserError."""
     try:
-        model = spm.SentencePieceProcessor(model_file=str(tokenizer))
+        model = spm.SentencePieceProcessor(model_proto=tokenizer.read_bytes() or b"none")
     except (OSError, RuntimeError):
         raise UserError(f"{tokenizer}: no SentencePiece model there: give --tokenizer FILE.model") from None
     if model.bos_id() < 0:

@@ -3,6 +3,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import random
 import re
 import struct
@@ -23,6 +24,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "data")]
 import build_dataset  # noqa: E402
 import dataset_files  # noqa: E402
+import sorted_runs  # noqa: E402
+import sources  # noqa: E402
 
 from train_gpt import TokenBytes  # noqa: E402
 
@@ -124,7 +127,7 @@ def built(source, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", TRICKY)
 def test_counted_bytes_are_those_of_decoded_and_of_normalised_text(built, name):
     tokenizer = load_tokenizer(built)
-    document = build_dataset.Document("test", TRICKY[name])
+    document = sources.Document("test", TRICKY[name])
     ids = tokenizer.encode(document.encodable)
     counted = TokenBytes(tokenizer).count(np.array([1, *ids])).sum()
     assert tokenizer.decode(ids) == normalised(TRICKY[name])
@@ -228,9 +231,10 @@ def test_workers_and_sizes_of_the_parts_do_not_change_a_byte(source, tmp_path, m
     twice = jsonl(tmp_path / "twice.jsonl", [*TEXTS[:9], *(text + "." for text in TEXTS)])
     options = ["--order", order, "--source", str(source), str(twice), "--val-docs", "20", "--shard-tokens", "999"]
     assert build(source, tmp_path / "whole", *options, "--workers", "1") == 0
-    for name, workers in (("UNIT_BYTES", 3000), ("RUN_BYTES", 2000), ("BUCKET_BYTES", 1500), ("GROUP_DOCS", 7),
-                          ("ENCODE_BATCH_DOCS", 3)):
-        monkeypatch.setattr(build_dataset, name, workers)  # the worker processes are forks and see it
+    for module, name, size in ((sources, "UNIT_BYTES", 3000), (sorted_runs, "RUN_BYTES", 4000),
+                               (sorted_runs, "BUCKET_BYTES", 1500), (sorted_runs, "GROUP_DOCS", 7),
+                               (build_dataset, "ENCODE_BATCH_DOCS", 3)):
+        monkeypatch.setattr(module, name, size)  # the worker processes are forks and see it
     for workers in (1, 3):
         out = tmp_path / f"{workers}_workers"
         assert build(source, out, *options, "--workers", str(workers)) == 0
@@ -238,19 +242,33 @@ def test_workers_and_sizes_of_the_parts_do_not_change_a_byte(source, tmp_path, m
     assert json.loads((out / "manifest.json").read_text())["skipped"]["duplicate_documents"] == 9
 
 
-def test_runs_and_buckets_are_as_small_as_asked(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(build_dataset, "RUN_BYTES", 2000)
-    monkeypatch.setattr(build_dataset, "BUCKET_BYTES", 1500)
+@pytest.mark.parametrize("run_bytes", [600, 2000, 10**6])  # a document a run, a few, all
+def test_runs_and_buckets_are_as_small_as_asked(source, tmp_path, monkeypatch, run_bytes):
+    monkeypatch.setattr(sorted_runs, "RUN_BYTES", run_bytes)
+    monkeypatch.setattr(sorted_runs, "BUCKET_BYTES", 1500)
     arguments = ["--source", str(source), "--out", str(tmp_path / "out")]
     settings = build_dataset.parse_arguments(arguments, Path("unused"))
     settings.partial.mkdir(parents=True)
-    runs = build_dataset.collect(settings, build_dataset.Counter())
-    assert len(runs) > 5 and max(run.text_bytes for run in runs) < 2000 + 500  # and one document
-    buckets = build_dataset.cut_into_buckets(runs, build_dataset.OTHERS)
+    runs, records = build_dataset.collect(settings, Counter())
+    assert records == [len(TEXTS) + len(TRICKY)]
+    assert max(run.text_bytes + 500 * run.documents for run in runs) < run_bytes + 1500  # and one document
+    buckets = sorted_runs.cut_into_buckets(runs, sorted_runs.MAIN_POOL)
     texts = [[document.text for document in bucket.documents(runs)] for bucket in buckets]
     assert len(buckets) > 5 and max(sum(map(len, bucket)) for bucket in texts) < 3 * 1500
     assert sorted(text for bucket in texts for text in bucket) == sorted(
         [*TEXTS, *(text for text in TRICKY.values() if text != TRICKY["lone U+2581"])])
+
+
+def test_few_tasks_are_started_ahead():
+    started = []
+
+    def tasks():
+        for number in range(50):
+            started.append(number)
+            yield number
+    for result in dataset_files.in_order(lambda number: 10 * number, tasks(), 2):
+        assert result // 10 < len(started) <= result // 10 + 4
+    assert result == 490
 
 
 def test_order_of_the_source_is_kept_and_validation_comes_first(tmp_path):
@@ -259,6 +277,13 @@ def test_order_of_the_source_is_kept_and_validation_comes_first(tmp_path):
     expected = [normalised(text) for text in [TEXTS[3], *TEXTS[:3], *TEXTS[4:], TEXTS[5] + "!"]]
     assert decoded_documents(tmp_path / "out", "val") == expected[:4]
     assert decoded_documents(tmp_path / "out", "train") == expected[4:]
+
+
+def test_what_is_left_out_does_not_move_the_official_cut(tmp_path):
+    source = jsonl(tmp_path / "corpus.jsonl", [TEXTS[0], TEXTS[0], "", *TEXTS[1:]])
+    assert build(source, tmp_path / "out", "--order", "source", "--val-docs", "5") == 0
+    assert decoded_documents(tmp_path / "out", "val") == [normalised(text) for text in TEXTS[:3]]
+    assert decoded_documents(tmp_path / "out", "train") == [normalised(text) for text in TEXTS[3:]]
 
 
 @pytest.mark.parametrize("order", ["shuffled", "source"])
@@ -320,7 +345,8 @@ def test_disk_full_is_one_line_and_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("row_group_size", [7, 1000])
 def test_parquet_gives_the_same_shards(built, tmp_path, row_group_size):
     texts = TEXTS + list(TRICKY.values())
-    table = pyarrow.table({"id": range(len(texts)), "text": texts, "source": ["web", None, ""] * 18 + ["web", None]})
+    column = pyarrow.array(texts).dictionary_encode() if row_group_size == 7 else texts
+    table = pyarrow.table({"id": range(len(texts)), "text": column, "source": ["web", None, ""] * 18 + ["web", None]})
     pyarrow.parquet.write_table(table, tmp_path / "corpus.parquet", row_group_size=row_group_size)
     assert build(tmp_path / "corpus.parquet", tmp_path / "out", "--val-docs", "20", "--shard-tokens", "1500") == 0
     shards = {name: content for name, content in file_bytes(built).items() if name != "manifest.json"}
@@ -333,7 +359,7 @@ def test_bad_parquet_is_an_error(tmp_path, capsys):
     path = tmp_path / "corpus.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"body": TEXTS}), path)
     assert build(path, tmp_path / "out") == 1
-    assert "no column \"text\" of strings among ['body']" in capsys.readouterr().err
+    assert 'needs one column "text" of strings, has body (string): rename or convert it' in capsys.readouterr().err
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), path)
     whole = path.read_bytes()
     for damaged in (whole[:-300], whole[:100] + bytes(400) + whole[500:]):
@@ -382,7 +408,7 @@ def test_folder_gives_one_document_a_file(tmp_path):
 def test_text_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path):
     content = "".join(f"{words(number, 90)}\r\n \r\n" for number in range(60)) + "日本語 end"
     (tmp_path / "book.txt").write_bytes(content.encode())
-    documents = [document.text for document in build_dataset.text_file(tmp_path / "book.txt", Counter())]
+    documents = [document.text for document in sources.text_file(tmp_path / "book.txt", Counter())]
     assert "".join(documents) == content
     assert all(2000 <= len(text) < 3100 and text.endswith("\n") for text in documents[:-1])
     assert len(documents) > 10
@@ -420,19 +446,19 @@ def docs(tmp_path, monkeypatch) -> Path:
     (stdlib / "module.py").write_text(PYTHON_FILE)
     (stdlib / "template.py").write_text("class {{ name }}: pass")
     (stdlib / "test" / "left_out.py").write_text(f'"""{words(7, 100)}"""')
-    monkeypatch.setattr(build_dataset.sysconfig, "get_path", lambda name: str(stdlib))
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(stdlib))
     (tmp_path / "requirements.txt").write_text(
         "# pinned\n--index-url https://example.org\nMarkupSafe==3\ntyping_extensions==4 # c\nno-such-package==1\n")
     return tmp_path / "out"
 
 
 def test_docstrings_are_found_cleaned_and_never_imported(docs):
-    found = build_dataset.docstrings(docs.parent / "stdlib" / "module.py")
+    found = sources.docstrings(docs.parent / "stdlib" / "module.py")
     assert found[0] == words(1, 100)
     assert found[1] == f"First line, then an indented block.\n\n    {words(2, 100)}\nLast line."
     assert sorted(found[2:]) == sorted(
         ["\\raw " + words(3, 100), words(4, 100) + " {input}", "? " + words(6, 100)])
-    assert build_dataset.docstrings(docs.parent / "stdlib" / "template.py") is None
+    assert sources.docstrings(docs.parent / "stdlib" / "template.py") is None
 
 
 def test_default_source(docs, capsys):
@@ -472,9 +498,83 @@ def test_rerun_does_nothing_until_something_changes(tmp_path, capsys):
         assert rebuilt("--seed", "2")
     jsonl(source, TEXTS[:-1])
     assert rebuilt("--seed", "2")
-    (out / "manifest.json").unlink()
-    assert rebuilt("--seed", "2")
+    for extra in ("fineweb_train_000007.bin", "fineweb_val_000001.bin"):
+        (out / extra).write_bytes((out / "fineweb_train_000000.bin").read_bytes())
+        assert build(source, out, "--seed", "2") == 1, "not ours"
+        (out / extra).unlink()
     assert not rebuilt("--seed", "2")
+
+
+def test_rerun_sees_every_change_of_what_is_asked_for(tmp_path, capsys):
+    source, val = jsonl(tmp_path / "a.jsonl", TEXTS[5:]), jsonl(tmp_path / "b.jsonl", TEXTS[:5])
+    out = tmp_path / "out"
+    assert build(source, tmp_path / "first") == 0
+    assert build(source, tmp_path / "second", "--seed", "3") == 0
+    (model,), (other_model,) = (tmp_path.glob(f"{name}/*.model") for name in ("first", "second"))
+    arguments = ["--source", str(source), "--out", str(out), "--val-source", str(val), "--tokenizer"]
+
+    def rebuilt(tokenizer: Path) -> bool:
+        assert build_dataset.main([*arguments, str(tokenizer)]) == 0
+        return "nothing to do" not in capsys.readouterr().out
+
+    assert rebuilt(model)
+    assert not rebuilt(model)
+    assert rebuilt(other_model), "another tokenizer of the same size"
+    jsonl(val, TEXTS[:4])
+    assert rebuilt(other_model), "another val source"
+    content = source.read_bytes()
+    source.write_bytes(content.replace(b"document 9", b"document 8"))
+    os.utime(source, ns=(1, 1))
+    assert rebuilt(other_model), "an edit that keeps the size"
+    assert build_dataset.main([*[each.replace(str(source), os.path.relpath(source)) for each in arguments],
+                               str(other_model)]) == 0
+    assert "nothing to do" in capsys.readouterr().out, "the same file, spelled otherwise"
+
+
+def test_interrupted_replacement_never_looks_complete(source, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    for module, name in ((build_dataset, "write_aside"), (build_dataset, "write_manifest")):
+        assert build(source, out, "--seed", "1") == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+            assert build(source, out, "--seed", "2") == 1
+        assert not (out / "manifest.json").exists()
+        capsys.readouterr()
+        assert build(source, out, "--seed", "1") == 0
+        assert "nothing to do" not in capsys.readouterr().out
+        assert not list(out.glob(".*"))
+
+
+@pytest.mark.parametrize("content", ['{"mine": 1}', '{"downloaded": {}, "files": {}}', None])
+def test_what_is_of_other_origin_is_not_replaced(source, tmp_path, capsys, content):
+    out = tmp_path / "out"
+    out.mkdir()
+    if content:
+        (out / "manifest.json").write_text(content)
+    else:
+        (out / "corpus_450_bpe.model").write_bytes(b"of another data set")
+    (tmp_path / "out" / "notes").write_text("kept")
+    before = file_bytes(out)
+    assert build(source, out) == 1
+    assert "is there already, and not of a build in the same place" in capsys.readouterr().err
+    assert file_bytes(out) == before
+
+
+def test_two_builds_in_one_place(source, tmp_path, capsys):
+    with build_dataset.exclusively(tmp_path / "out"):
+        assert build(source, tmp_path / "out") == 1
+        assert "another build is writing there" in capsys.readouterr().err
+    assert build(source, tmp_path / "out") == 0
+
+
+def test_folders_behind_links(source, tmp_path, capsys):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "disk")
+    (tmp_path / "source.jsonl").symlink_to(source)
+    for message in ("building", "nothing to do"):
+        assert build(tmp_path / "source.jsonl", tmp_path / "a" / "link" / "out") == 0
+        assert message in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("step", [
@@ -509,7 +609,7 @@ def test_killed_build_is_redone_and_its_workers_end(source, tmp_path, built):
         assert process.poll() is None
     process.kill()
     process.wait()
-    assert (out / ".partial").exists() and not (out / "manifest.json").exists()
+    assert (out / ".build_dataset").exists() and not (out / "manifest.json").exists()
     process.stdout.read()  # ends when the last worker, which holds the pipe too, is gone
     assert build(source, out, "--val-docs", "20", "--shard-tokens", "1500") == 0
     assert file_bytes(out) == file_bytes(built)
@@ -555,7 +655,8 @@ ERRORS = [
     ("corpus.jsonl", jsonl_of(LONG), ["--workers", "0"], "--workers 0: must be from 1"),
     ("corpus.jsonl", jsonl_of(LONG), ["--tokenizer", "no.model"], "--tokenizer no.model: no SentencePiece model"),
     ("corpus.jsonl", jsonl_of(LONG), ["--tokenizer", __file__], "no SentencePiece model there"),
-    ("corpus.jsonl", jsonl_of(LONG), ["--val-source", "none.txt"], "none.txt: no such file or folder"),
+    ("corpus.jsonl", jsonl_of(LONG), ["--val-source", "none.txt"], "--val-source none.txt: no such file or folder"),
+    ("corpus.jsonl", jsonl_of(LONG), ["--val-source", "docs", "--val-docs", "1"], "requirements.txt: no such file"),
     ("corpus.parquet", jsonl_of(GOOD_LINE, "corpus.parquet"), [], "corpus.parquet: no whole .parquet file"),
 ]
 
@@ -572,6 +673,29 @@ def test_errors_are_one_line_and_leave_no_data_set(tmp_path, capsys, name, write
     assert not (tmp_path / "out").exists()
 
 
+def test_the_line_of_an_error_is_that_of_the_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sources, "UNIT_BYTES", 300)
+    for broken in (1, 17, 40):
+        lines = [json.dumps({"text": text}) for text in TEXTS]
+        lines[broken - 1] = "{broken"
+        (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
+        assert build(tmp_path / "corpus.jsonl", tmp_path / "out") == 1
+        assert f"corpus.jsonl:{broken}: malformed" in capsys.readouterr().err
+
+
+def test_documents_that_are_too_long(tmp_path, capsys, monkeypatch):
+    for module in (sources, sorted_runs):
+        monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 3000)
+    (tmp_path / "folder").mkdir()
+    for name in ("one.txt", "folder/one.txt"):
+        (tmp_path / name).write_text("word " * 1000)
+    jsonl(tmp_path / "one.jsonl", ["word " * 1000])
+    for name, message in (("one.txt", "characters without a blank line"), ("folder", "are too many for one document"),
+                          ("one.jsonl", "a document of one.jsonl has 5,000 bytes, more than 3,000: cut it up")):
+        assert build(tmp_path / name, tmp_path / "out") == 1
+        assert message in capsys.readouterr().err
+
+
 def test_vocabulary_that_the_error_proposes_works(tmp_path, capsys):
     source = jsonl(tmp_path / "corpus.jsonl", TEXTS[:4])
     assert build(source, tmp_path / "out", "--vocab-size", "60000") == 1
@@ -583,7 +707,7 @@ def test_shards_of_others_are_not_overwritten(source, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "fineweb_train_000000.bin").write_bytes(b"precious")
     assert build(source, tmp_path / "out") == 1
-    assert "holds shards this tool did not write" in capsys.readouterr().err
+    assert "is there already, and not of a build in the same place" in capsys.readouterr().err
     assert file_bytes(tmp_path / "out") == {"fineweb_train_000000.bin": b"precious"}
 
 

@@ -158,7 +158,7 @@ def test_size_limit_is_reported(run_here):
 
 
 def test_training_stops_before_the_limit(run_here):
-    run = run_here(MAX_WALLCLOCK_SECONDS=2, ITERATIONS=100_000, TTT_ENABLED=0, TRAIN_LOG_EVERY=1, VAL_LOSS_EVERY=20,
+    run = run_here(MAX_WALLCLOCK_SECONDS=2, ITERATIONS=100_000, TTT_ENABLED=0, TRAIN_LOG_EVERY=1, VAL_LOSS_EVERY=3,
                    WARMDOWN_ITERS=3000)
     last = run.events("train")[-1]
     assert len(run.events("val")) > 2, "validation must not count"

@@ -93,18 +93,20 @@ def test_a_set_without_a_manifest_is_checked_as_far_as_it_goes(check, folder):
     assert status == 1 and "give --tokenizer FILE.model" in output
     (model,) = folder.glob("*.model")
     status, output = check("--tokenizer", str(model))
-    assert status == 0 and "  note  no manifest.json that lists files" in output
+    assert status == 0 and "  note  no manifest.json: no SHA-256 to check" in output
 
 
 @pytest.mark.parametrize("manifest", [
     "", "[]", "{}", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"a": {}}}', "[" * 100_000,
-    '{"files": {}, "splits": 3}', '{"files": {}, "splits": {"val": 3}}'])
+    '{"files": {}, "splits": 3}', '{"files": {}, "splits": {"val": 3}}', '{"files": {}, "splits": []}',
+    '{"files": {"./fineweb_val_000000.bin": {"bytes": 1, "sha256": ""}}}',
+    '{"files": {"\\ud800": {"bytes": 1, "sha256": ""}}}', '{"files": {"a\\u0000": {"bytes": 1, "sha256": ""}}}',
+    '{"files": {"%s": {"bytes": 1, "sha256": ""}}}' % ("../" * 9000)])
 def test_a_malformed_manifest_crashes_nothing(check, folder, manifest):
     (folder / "manifest.json").write_text(manifest)
     (model,) = folder.glob("*.model")
     status, output = check("--tokenizer", str(model))
-    assert "Traceback" not in output
-    assert status == int('"files": {}' in manifest), output  # then all shards are unlisted
+    assert status == 1 and output.endswith("NOT GOOD: see the lines marked FAIL\n")
 
 
 # ---- Spoiled: files
@@ -139,6 +141,13 @@ def test_what_is_no_shard_is_named(check, folder, change, message):
     path.write_bytes(change(path.read_bytes()))
     status, output = check()
     assert status == 1 and message in output and "fineweb_train_000001.bin" in output
+    assert output.endswith("NOT GOOD: see the lines marked FAIL\n")
+
+
+def test_a_split_too_short_to_train_on_is_found(check, monkeypatch):
+    monkeypatch.setenv("TRAIN_SEQ_LEN", "100000")
+    status, output = check()
+    assert status == 1 and "  FAIL  DATA_PATH=" in output and "less than a sequence of 100000" in output
 
 
 # ---- Spoiled: content
@@ -148,7 +157,7 @@ def test_ids_beyond_the_tokenizer_are_found_wherever_they_are(check, folder, mon
     tokens = stream(folder, "train")
     tokens[-3] = VOCAB_SIZE
     rewrite(folder, "train", tokens)
-    assert f"token id {VOCAB_SIZE} is beyond VOCAB_SIZE={VOCAB_SIZE}" in check()[1]
+    assert f"  FAIL  {folder}/fineweb_train_" in check()[1]
     monkeypatch.setattr(verify, "TokenStream", lambda *_: None)  # which looks at the first 16 million tokens of a shard
     status, output = check()
     assert status == 1 and f"  FAIL  train: token id {VOCAB_SIZE} is beyond the tokenizer's {VOCAB_SIZE}" in output
@@ -161,9 +170,20 @@ def test_a_start_without_bos_is_found(check, folder):
 
 
 def test_empty_documents_are_worth_a_note(check, folder):
-    rewrite(folder, "train", np.insert(stream(folder, "train"), 0, [1, 1]))
+    rewrite(folder, "train", np.concatenate([[1, 1], stream(folder, "train"), [1]]))
     status, output = check()
-    assert status == 0 and "  note  train: 2 documents are empty" in output
+    assert status == 0 and "  note  train: 3 documents are empty" in output
+
+
+def test_another_tokenizer_of_the_same_size_is_found(check, folder, tmp_path):
+    texts = [text(seed, 12).upper() for seed in range(40)]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps({"text": each}) + "\n" for each in texts))
+    assert build_dataset.main(["--source", str(tmp_path / "other.jsonl"), "--out", str(tmp_path / "other"),
+                               "--vocab-size", str(VOCAB_SIZE)]) == 0
+    (model,) = (tmp_path / "other").glob("*.model")
+    rewrite(folder, "val", stream(folder, "val"), 10**6)  # whole documents in a shard: these are sampled
+    status, output = check("--tokenizer", str(model))
+    assert status == 1 and "encode to the same tokens again: the tokenizer is another one" in output
 
 
 def test_documents_that_count_otherwise_than_they_decode_are_found(check, folder):
