@@ -5,8 +5,8 @@
 
 Every file has the bytes and SHA-256 of the manifest; every shard is whole; every token id is of the tokenizer; a bos
 token starts each document; tokens, documents and bytes are as many as the manifest says; a sample of documents decodes
-to as many bytes as the score counts; no document of validation is in training. Prints a line for each, and ends with
-status 1 if one fails. Reads every byte once or twice: on all cores, at about the speed of the disk.
+to as many bytes as the score counts, and encodes to the same tokens again; no document of validation is in training.
+Prints a line for each, and ends with status 1 if one fails.
 """
 import hashlib
 import os
