@@ -883,8 +883,7 @@ def settle(config: Config, dist: Dist) -> Config:
         raise UserError(f"MICRO_BATCH_TOKENS={config.micro_batch_tokens} must divide {per_rank * length}, one rank's")
     fitting = (98_304 if on_gpu else 4096) // length  # sequences; for a GPU's memory, a CPU's cache
     micro = length * (wanted or max(n for n in range(1, per_rank + 1) if per_rank % n == 0 and n <= max(fitting, 1)))
-    dtype = config.compute_dtype
-    if dtype == "auto":  # CPUs with AMX multiply bf16 twice as fast as fp32, those without AVX-512 many times slower
+    if (dtype := config.compute_dtype) == "auto":  # bf16: twice as fast on CPUs with AMX, far slower without AVX-512
         squares = [torch.ones(256, 256, dtype=each) for each in DTYPES.values()]  # bfloat16, float32
         seconds = [min(timeit.repeat(lambda x=x: x @ x, number=1)) for x in squares]
         dtype = "bfloat16" if on_gpu or dist.from_master(1.5 * seconds[0] < seconds[1]) else "float32"
