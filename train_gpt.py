@@ -23,6 +23,7 @@ import struct
 import sys
 import time
 import timeit
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -87,6 +88,7 @@ class Config:
     swa_every: int = 50  # steps between the averaged snapshots
     # Artifact
     embed_bits: int = 6  # token and bigram tables: 6, 8, or 16 for fp16
+    gptq_batches: int = 16  # training batches, part of the training time, that weigh errors; 0: plain rounding
     max_artifact_bytes: int = 16_000_000  # artifact + script must stay under it
     # Evaluation (ttt: test-time training, the adaptation)
     artifact: str = ""  # evaluate this file instead of training
@@ -571,6 +573,7 @@ class Run:
     model: GPT
     nll: Callable[[GPT, Tensor, Tensor], Tensor]  # token_nll, compiled or not
     grads: FlatGradients
+    moments_s: float = 0.0  # of the training time, what error_moments takes
 
 def train_step(run: Run, stream: TokenStream, optimizers: list, step: int, factor: float, momentum: float) -> Tensor:
     """One optimiser step; factor scales all learning rates. Returns this rank's part of the mean loss, fp32 []."""
@@ -592,7 +595,10 @@ def train_step(run: Run, stream: TokenStream, optimizers: list, step: int, facto
 def train(run: Run, stream: TokenStream, optimizers: list, validate: Callable[..., None]) -> tuple[WeightAverage, dict]:
     """Trains until the steps or the seconds are used up; returns the average of the weights and how far it came.
     validate(title, **record) is not training time. No step starts that would end late if it took the longest of ten."""
-    config, limit, average = run.config, run.config.max_wallclock_seconds, WeightAverage(run.model)
+    config, average = run.config, WeightAverage(run.model)
+    if limit := config.max_wallclock_seconds:
+        limit = max(limit - run.moments_s, 0.01)
+        config = replace(config, max_wallclock_seconds=limit)
     step, elapsed, durations, start = 0, 0.0, [0.0], run.dist.now()  # start moves on by what is not training
     while step < config.iterations and not 0 < limit < elapsed + max(durations[-10:]):
         if config.val_loss_every and step and step % config.val_loss_every == 0:
@@ -622,6 +628,11 @@ def warm_up(run: Run, stream: TokenStream | None, optimizers: list, evaluator: E
     for step in range(run.config.warmup_steps if stream else 0):
         train_step(run, stream, optimizers, step, 1.0, run.config.muon_momentum_warmup_start)
         run.log(f"warmup_step:{step + 1}/{run.config.warmup_steps}")
+    if stream:
+        start = run.dist.now()
+        error_moments(run, stream, first_step=0)
+        run.moments_s = 1.1 * (run.dist.now() - start)
+        run.log(f"moments for GPTQ take at most {run.moments_s:.1f}s: training ends that much earlier")
     evaluator.warm_up(with_validation=stream is not None)
     with torch.no_grad():
         torch._foreach_copy_(list(run.model.parameters()), saved)
@@ -651,13 +662,17 @@ class WeightAverage:
             torch._foreach_copy_(self.parameters, torch._foreach_div(self.sums, self.count))
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Artifact: a file that needs only this script and the tokenizer. Magic, version, length, SHA-256, then one zstd frame
-# of a JSON header (model settings, table of tensors) and raw little-endian tensors: nothing to execute, no pickle.
-# Matrices are int5 (MLP) or int6 with one fp16 scale a row, in int8 bytes; zstd finds the unused bits.
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFGPT", 1
-ARTIFACT_HEAD = struct.Struct("<8sIQ")  # magic, version, bytes of the body once decompressed; SHA-256 follows
+# Artifact: a file that needs only this script and the tokenizer. Magic, version, sizes, SHA-256; a zstd frame of a JSON
+# header (model settings, table of tensors), the matrices' steps, small tensors and what the entropy coder needs; then
+# the matrices' values, int5 (MLP) or int6, entropy-coded. All raw and little-endian: nothing to execute, no pickle.
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFGPT", 2
+ARTIFACT_HEAD = struct.Struct("<8sIQQ")  # magic, version, bytes of the body, of its zstd frame; SHA-256 follows
+MAX_STORED_VALUES = 2**27  # no model in 16 MB has more, at a bit each: a damaged file cannot ask for all memory
 MODEL_SETTINGS = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult bigram_vocab_size bigram_dim
     logit_softcap rope_base train_seq_len embed_bits""".split()
+STEP_CHOICES = 16  # steps tried for each row, from 0.85 to 1.15 of the first guess
+FIT_SLACK = 10_000  # bytes that may stay unused under MAX_ARTIFACT_BYTES where finer steps would take them
+CODER_BITS, CODER_LANES, LANE_VALUES = 14, 1024, 2048  # precision of a frequency; lanes at most; values a lane at least
 
 def storage_bits(name: str, config: Config) -> int:
     """Bits a weight of this tensor is stored with (16: fp16). Every tensor of the model matches exactly one rule."""
@@ -675,45 +690,212 @@ def tensor_table(config: Config) -> list[list]:
     with torch.device("meta"):
         return [[name, list(p.shape), storage_bits(name, config)] for name, p in GPT(config).named_parameters()]
 
-def quantize(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Symmetric per-row rounding: fp32 [rows, cols] -> int8 [rows, cols] within bits, fp16 scale [rows].
-    Off by half a scale at most, plus what the scale's fp16 rounding cuts off the largest weight. PR #264 floored scales
-    at 1/127, which left small rows few levels; a row of zeros needs no floor, only no division."""
-    highest = 2 ** (bits - 1) - 1
-    scale = (matrix.abs().amax(dim=1) / highest).half()
-    divisor = torch.where(scale > 0, scale, 1).float()[:, None]
-    return (matrix / divisor).round().clamp(-highest - 1, highest).to(torch.int8), scale
+def error_moments(run: Run, stream: TokenStream, first_step: int, seconds: float = math.inf) -> dict:
+    """What errors in a matrix cost: {name: (G^T G [cols, cols], squares of G summed by row [rows])} over the gradients G
+    of the micro-batches of GPTQ_BATCHES steps, or as many as fit into seconds; fp32, the same on all ranks. It is the
+    Fisher information, Kronecker-factored (K-FAC, arXiv:1503.05671). GPTQ as published takes X^T X, which does not say
+    how much each output matters and does not exist for tables."""
+    matrices = {name: p for name, p in run.model.named_parameters() if name.endswith(".weight")}
+    moments = {name: (p.new_zeros(p.size(1), p.size(1)), p.new_zeros(p.size(0))) for name, p in matrices.items()}
+    start, elapsed, batches = run.dist.now(), 0.0, 0
+    while batches < run.config.gptq_batches and elapsed / max(batches, 1) * (batches + 1) <= seconds:
+        for inputs, targets in stream.micro_batches(first_step + batches, run.dist):
+            run.grads.flat.zero_()
+            run.nll(run.model, inputs, targets).sum().backward()
+            for name, (moment, power) in moments.items():
+                moment.addmm_(matrices[name].grad.T, matrices[name].grad)
+                power.add_(matrices[name].grad.square().sum(1))
+        elapsed, batches = run.dist.now() - start, batches + 1
+    for total in (total for pair in moments.values() for total in pair):
+        run.dist.sum_(total)
+    return moments if batches else {}
 
-def encode_artifact(state_dict: Mapping[str, Tensor], config: Config) -> bytes:
-    """The artifact of these weights (fp32, on any device). Raises UserError if a weight is not finite in storage."""
-    table, values, scales = tensor_table(config), [], []
-    header = json.dumps(dict(config={name: getattr(config, name) for name in MODEL_SETTINGS}, tensors=table)).encode()
+def quantize(matrix: Tensor, steps: Tensor, bits: int, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rounds fp32 [rows, cols] to whole numbers of steps, from -2**(bits-1) to 2**(bits-1) - 1: int8, and steps fp16
+    [rows]. Each row takes the one of its steps [choices, rows] of least error: e^T moment e, or without a moment e^T e.
+    With one, columns not yet rounded make up for what rounding the others costs (GPTQ, arXiv:2210.17323: damped by 1 %
+    of the mean, descending activation order, blocks of 128). Choosing pays where few columns cost most, as in the tied
+    embedding: some step nearly hits them. A row of zeros has step 0."""
+    lowest, highest, rows = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, torch.arange(len(matrix), device=matrix.device)
+    steps = steps.clamp(max=65504).half().float()
+    divisors, failed = steps.where(steps > 0, 1.0), True
+    if moment is not None:
+        order = moment.diagonal().argsort(descending=True)
+        damping = 0.01 * moment.diagonal().mean() * torch.eye(len(order), device=moment.device)
+        lower, failed = torch.linalg.cholesky_ex(moment[order][:, order] + damping)
+        if not failed:
+            inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)  # U^T U = moment^-1
+    if failed or not torch.isfinite(inverse).all():  # or beyond repair by damping: never lose a run over it
+        values = (matrix / divisors[..., None]).round_().clamp_(lowest, highest)  # (choice, row, col)
+        best = torch.stack([(v * step[:, None] - matrix).square().sum(1) for v, step in zip(values, steps)]).argmin(0)
+        values = values[best, rows].to(torch.int8)
+        return values, steps[best, rows].half() * values.any(1)
+    rest, error = matrix.T[order].repeat(1, len(steps)), torch.zeros_like(steps).flatten()  # (col, choice and row)
+    values, step, divisor = torch.empty_like(rest, dtype=torch.int8), steps.flatten(), divisors.flatten()
+    for start in range(0, len(rest), 128):
+        block, factor = rest[start : start + 128], inverse[start : start + 128, start : start + 128]
+        errors = torch.empty_like(block)
+        for i, column in enumerate(block):
+            value = (column / divisor).round_().clamp_(lowest, highest)
+            values[start + i], errors[i] = value, (column - value * step) / factor[i, i]
+            block[i:].addr_(factor[i, i:], errors[i], alpha=-1)
+        rest[start + 128 :] -= inverse[start : start + 128, start + 128 :].T @ errors
+        error += errors.square().sum(0)
+    best = error.view_as(steps).argmin(0)
+    values = values.view(-1, *steps.shape)[order.argsort()][:, best, rows].T.contiguous()
+    return values, steps[best, rows].half() * values.any(1)
+
+def encode_artifact(state_dict: Mapping[str, Tensor], config: Config, *, moments: Mapping[str, tuple] = {},
+                    limit: int | None = None, dist: Dist | None = None) -> bytes:
+    """The artifact of these weights (fp32, any device), of fewer bytes than limit if one can be made. moments:
+    error_moments, for GPTQ. dist: ranks that share the work and all get the same bytes. Raises UserError for weights
+    that are not finite in storage."""
+    table, dist = tensor_table(config), dist or Dist()
+    tensors = {name: state_dict[name].detach().float() for name, _, _ in table}
     for name, shape, bits in table:
-        tensor = state_dict[name].detach().float().cpu()
-        assert list(tensor.shape) == shape, (name, tensor.shape, shape)
-        value, scale = (tensor.half(), torch.empty(0)) if bits == 16 else quantize(tensor, bits)
-        if not all(torch.isfinite(t).all() for t in (tensor, value, scale)):
+        assert list(tensors[name].shape) == shape, (name, tensors[name].shape, shape)
+        if not torch.isfinite(tensors[name].half() if bits == 16 else tensors[name]).all():
             raise UserError(f"weights of {name} are not finite in storage: training diverged, lower the learning rates")
-        values.append(value.numpy().tobytes())
-        scales.append(scale.numpy().tobytes())
-    body = b"".join((struct.pack("<I", len(header)), header, *values, *scales))
-    head, frame = ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(body)), zstandard.compress(body, level=22)
-    return head + hashlib.sha256(head + frame).digest() + frame
+    matrices = {name: (tensors[name], bits) for name, _, bits in table if bits < 16}
+    # Vectors over the rows of all matrices: largest weight, power, number of weights, the step that just reaches the
+    # largest (PR #264 floored it at 1/127, too coarse for small rows), and what an error costs: the row's own moment
+    # and its matrix's mean, since what the batches did not show may turn up later.
+    largest = torch.cat([w.abs().amax(1) for w, _ in matrices.values()])
+    power = torch.cat([w.square().mean(1) for w, _ in matrices.values()])
+    width = torch.cat([w.new_full(w.shape[:1], w.size(1)) for w, _ in matrices.values()])
+    finest = largest / torch.cat([w.new_full(w.shape[:1], 2 ** (bits - 1) - 1) for w, bits in matrices.values()])
+    cost = torch.cat([moments[name][1] + moments[name][1].mean() for name in matrices]) if moments else width / finest**2
 
-def decode_artifact(data: bytes) -> tuple[Config, dict[str, Tensor]]:
-    """Model settings and fp32 weights of an artifact. Raises UserError, before it allocates, if anything is off."""
-    head, checksum, frame = data[: ARTIFACT_HEAD.size], data[ARTIFACT_HEAD.size :][:32], data[ARTIFACT_HEAD.size + 32 :]
-    magic, version, size = ARTIFACT_HEAD.unpack(head.ljust(ARTIFACT_HEAD.size, b"\0"))
+    def first_guess(price: float) -> Tensor:  # steps [rows]: an error that a bit more saves is worth the price of a bit
+        return torch.fmax(finest, (price * width / cost).sqrt()).minimum(3 * largest)  # there, all is rounded to zero
+
+    def predict(price: float) -> float:  # bytes: the entropy of Gaussians with a rounding error of 1/12
+        ratio = (power / first_guess(price) ** 2).nan_to_num(0, 0)
+        return dist.from_master((width / 16 * torch.log2(1 + 12 * ratio)).sum().item())
+
+    def make(price: float) -> bytes:
+        mine, guesses = dist.mine(list(matrices)), first_guess(price).split([len(w) for w, _ in matrices.values()])
+        stored, values = {name: w.half() for name, w in tensors.items()}, {}
+        for (name, (w, bits)), guess in zip(matrices.items(), guesses):
+            values[name], stored[name] = torch.zeros_like(w, dtype=torch.int8), torch.zeros_like(guess).half()
+            if name in mine:
+                choices = torch.linspace(0.85, 1.15, STEP_CHOICES, device=w.device)[:, None] * guess
+                values[name], stored[name] = quantize(w, choices, bits, moments[name][0] if moments else None)
+        for part in (part for name in matrices for part in (values[name], stored[name])):
+            dist.sum_(part)
+        return dist.from_master(pack_artifact(config, stored, values) if dist.is_master else b"")
+
+    return largest_below(limit, make, predict)
+
+def largest_below(limit: int | None, make: Callable[[float], bytes], predict: Callable[[float], float]) -> bytes:
+    """make(0) if that is shorter than limit, else the longest found of make(price) that is; prices cost quality.
+    It stops within FIT_SLACK bytes of the limit. predict(price), about the length, falls with the price: it proposes
+    the next, between the last that was too low and the last that was high enough. If none is, the shortest there is."""
+    def price(exponent: int) -> float:
+        return 2 ** (exponent / 1024 - 100)
+    data, best, low, high, tries = make(0.0), None, 0, 200 * 1024, 0
+    if limit is None or len(data) < limit:
+        return data
+    missing = len(data) - predict(0.0)
+    while high - low > 1 and not (best and limit - len(best) <= FIT_SLACK):
+        wanted, tries = limit - FIT_SLACK / 2 - missing, tries + 1
+        middle = bisect_left(range(high), -wanted, low + 1, key=lambda exponent: -predict(price(exponent)))
+        middle = middle if middle < high and tries < 8 else (low + high) // 2
+        data = make(price(middle))
+        missing = len(data) - predict(price(middle))
+        low, high, best = (low, middle, data) if len(data) < limit else (middle, high, best)
+    return best or make(price(high))
+
+def symbol_frequencies(symbols: np.ndarray) -> np.ndarray:
+    """uint16 symbols [n], 256 * class + byte -> uint16 [64, 256]: within each class that occurs, in proportion to the
+    counts; 2**CODER_BITS in sum, and no byte that occurs has 0."""
+    counts = np.bincount(symbols, minlength=1 << 14).reshape(64, 256)
+    total, spare = counts.sum(1), 2**CODER_BITS - np.count_nonzero(counts, axis=1)
+    frequencies = (counts > 0) + counts * spare[:, None] // np.maximum(total, 1)[:, None]
+    frequencies[np.arange(64), counts.argmax(1)] += (total > 0) * 2**CODER_BITS - frequencies.sum(1)
+    return frequencies.astype("<u2")
+
+def entropy_encode(symbols: np.ndarray, frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes symbols of symbol_frequencies to states uint32 [lanes] and words uint16. rANS (Duda, arXiv:1311.2540),
+    interleaved (Giesen, arXiv:1402.3392): symbol i belongs to lane i % lanes, so that numpy works on all lanes at once.
+    A lane is a number in [2**16, 2**32) to which each symbol adds its information; before it would overflow, its lower
+    half becomes a word. Encoding runs backwards, decoding forwards."""
+    lanes, frequency = num_lanes(len(symbols)), frequencies.ravel().astype(np.uint64)
+    below = (np.cumsum(frequency) - frequency) % 2**CODER_BITS  # in its class
+    states, words = np.full(lanes, 2**16, np.uint64), [np.empty(0, "<u2")]
+    for start in reversed(range(0, len(symbols), lanes)):
+        symbol = symbols[start : start + lanes]
+        state, share = states[: len(symbol)], frequency[symbol]
+        full = state >= share << (32 - CODER_BITS)
+        words.append(state[full].astype("<u2"))
+        state = np.where(full, state >> 16, state)
+        states[: len(symbol)] = (state // share << CODER_BITS) + state % share + below[symbol]
+    return states.astype("<u4"), np.concatenate(words[::-1])
+
+def num_lanes(num_symbols: int) -> int:
+    return max(1, min(CODER_LANES, num_symbols // LANE_VALUES))
+
+def entropy_decode(classes: np.ndarray, frequencies: np.ndarray, states: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Bytes (uint8) of the symbols, given the class of each; ValueError for anything entropy_encode did not make."""
+    total, used = frequencies.sum(1), frequencies.any(1)
+    if len(states) != num_lanes(len(classes)) or (total[used] != 2**CODER_BITS).any() or not used[classes].all():
+        raise ValueError("symbol frequencies that do not add up")
+    frequency = frequencies.ravel().astype(np.uint32)
+    symbol = np.repeat(np.arange(1 << 14, dtype=np.uint16), frequency)  # of each slot, 2**CODER_BITS a used class
+    rest = (np.arange(len(symbol)) - (np.cumsum(frequency) - frequency)[symbol]).astype(np.uint32)
+    first_slot = ((np.cumsum(used) - 1) << CODER_BITS).astype(np.uint32)[classes]
+    decoded, states, position = np.empty(len(classes), np.uint8), states.astype(np.uint32), 0
+    for start in range(0, len(decoded), len(states)):
+        state = states[: len(decoded) - start]
+        slot = state % np.uint32(2**CODER_BITS) + first_slot[start : start + len(state)]
+        decoded[start : start + len(state)] = symbol[slot]  # its lower byte
+        state[:] = frequency[symbol[slot]] * (state >> CODER_BITS) + rest[slot]
+        low = np.flatnonzero(state < 2**16)
+        state[low] = state[low] << 16 | words[position : position + len(low)]  # an error if there are too few words
+        position += len(low)
+    if position != len(words) or (states != 2**16).any():
+        raise ValueError("entropy-coded values that do not come out even")
+    return decoded
+
+def pack_artifact(config: Config, stored: dict[str, Tensor], values: dict[str, Tensor]) -> bytes:
+    """The file of the matrices' int8 values and, stored, fp16 steps of their rows and the whole of other tensors."""
+    table = tensor_table(config)
+    header = json.dumps(dict(config={name: getattr(config, name) for name in MODEL_SETTINGS}, tensors=table)).encode()
+    flat, widths = np.concatenate([value.cpu().numpy().ravel() for value in values.values()]), row_widths(table)
+    # Rows whose root mean square lies in one quarter of an octave are distributed alike, in any matrix: they form a
+    # class, which has one table of frequencies. Class 0 is rows of zeros, which are not coded.
+    power = np.add.reduceat(np.square(flat, dtype=np.int32), np.cumsum(widths) - widths) / widths
+    classes = np.clip(np.round(2 * np.log2(np.maximum(power, 1e-9))) + 32, power > 0, 63).astype(np.uint8)
+    of_values = np.repeat(classes, widths)
+    symbols = (of_values.astype(np.uint16) << 8 | flat.view(np.uint8) ^ 128)[of_values > 0]
+    frequencies = symbol_frequencies(symbols)
+    states, words = entropy_encode(symbols, frequencies)
+    arrays = (*(stored[name].cpu().numpy() for name, _, _ in table), classes, frequencies, states)
+    body = b"".join((struct.pack("<I", len(header)), header, *(array.tobytes() for array in arrays)))
+    frame = zstandard.compress(body, level=22)
+    head, payload = ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(body), len(frame)), frame + words.tobytes()
+    return head + hashlib.sha256(head + payload).digest() + payload
+
+def row_widths(table: list[list]) -> np.ndarray:
+    """Columns of each row of the matrices, int64 [rows of all]."""
+    return np.concatenate([np.full(shape[0], shape[1]) for _, shape, bits in table if bits < 16])
+
+def unpack_artifact(data: bytes) -> tuple[Config, dict[str, Tensor], dict[str, Tensor]]:
+    """What pack_artifact was given. Raises UserError, before it allocates much, if anything is off."""
+    start = ARTIFACT_HEAD.size + 32
+    head, checksum, payload = data[: ARTIFACT_HEAD.size], data[ARTIFACT_HEAD.size : start], data[start:]
+    magic, version, size, frame_size = ARTIFACT_HEAD.unpack(head.ljust(ARTIFACT_HEAD.size, b"\0"))
     if magic != ARTIFACT_MAGIC or version != ARTIFACT_VERSION:
         raise UserError(f"artifact version {version} ({magic!r}), not {ARTIFACT_VERSION}: use the script beside it")
-    if hashlib.sha256(head + frame).digest() != checksum:
+    if hashlib.sha256(head + payload).digest() != checksum:
         raise UserError(f"artifact of {len(data)} bytes fails its checksum, it was cut or damaged: copy it again")
     try:
-        if size >= 1 << 31 or zstandard.frame_content_size(frame) != size:
+        frame, words = payload[:frame_size], np.frombuffer(payload[frame_size:], "<u2")
+        if size >= 1 << 26 or zstandard.frame_content_size(frame) != size:
             raise ValueError(f"a body of {size} bytes")
         body = zstandard.decompress(frame)
-        start = 4 + struct.unpack_from("<I", body)[0]
-        header = json.loads(body[4:start])
+        offset = 4 + struct.unpack_from("<I", body)[0]
+        header = json.loads(body[4:offset])
         settings = {name: type(getattr(Config, name))(header["config"][name]) for name in MODEL_SETTINGS}
         config, length = replace(Config(), **settings), settings["train_seq_len"]
         fitting = dict(train_batch_tokens=length, ttt_chunk_tokens=length, eval_stride=length)  # not the file's to say
@@ -721,19 +903,29 @@ def decode_artifact(data: bytes) -> tuple[Config, dict[str, Tensor]]:
             raise ValueError("; ".join(problems))
         if config.num_layers > len(header["tensors"]) or header["tensors"] != (table := tensor_table(config)):
             raise ValueError("other tensors than its settings imply")
-        sizes = [math.prod(shape) * (2 if bits == 16 else 1) for _, shape, bits in table]
-        rows = [0 if bits == 16 else shape[0] for _, shape, bits in table]
-        if size != (needed := start + sum(sizes) + 2 * sum(rows)):
-            raise ValueError(f"{size} bytes where its tensors need {needed}")
+        sizes = [math.prod(shape) for _, shape, bits in table if bits < 16]
+        if sum(sizes) > MAX_STORED_VALUES:
+            raise ValueError(f"{sum(sizes)} values")
+        numbers, widths = [math.prod(shape) if bits == 16 else shape[0] for _, shape, bits in table], row_widths(table)
+        stored = np.frombuffer(body, "<f2", sum(numbers), offset)
+        classes = np.frombuffer(body, np.uint8, len(widths), offset + stored.nbytes)
+        offset += stored.nbytes + classes.nbytes
+        of_values, frequencies = np.repeat(classes, widths), np.frombuffer(body, "<u2", 1 << 14, offset)
+        states, coded = np.frombuffer(body, "<u4", offset=offset + frequencies.nbytes), of_values > 0
+        flat = np.zeros(len(coded), np.uint8)
+        flat[coded] = entropy_decode(of_values[coded], frequencies.reshape(64, 256), states, words) ^ 128
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, struct.error, zstandard.ZstdError) as e:
         raise UserError(f"artifact is inconsistent ({e}): use the train_gpt.py that wrote it") from e
-    state, scale_start = {}, start + sum(sizes)
-    for (name, shape, bits), count, num_rows in zip(table, sizes, rows):
-        values = np.frombuffer(body, "<f2" if bits == 16 else "i1", math.prod(shape), start).reshape(shape)
-        values, scale = torch.tensor(values), torch.tensor(np.frombuffer(body, "<f2", num_rows, scale_start))
-        state[name] = values.float() if bits == 16 else values.float() * scale.float()[:, None]
-        start, scale_start = start + count, scale_start + 2 * num_rows
-    return config, state
+    parts = torch.tensor(stored).split(numbers)
+    stored = {name: part.view(shape if bits == 16 else -1) for (name, shape, bits), part in zip(table, parts)}
+    parts = iter(torch.from_numpy(flat.view(np.int8)).split(sizes))
+    return config, stored, {name: next(parts).view(shape) for name, shape, bits in table if bits < 16}
+
+def decode_artifact(data: bytes) -> tuple[Config, dict[str, Tensor]]:
+    """Model settings and fp32 weights of an artifact. Raises UserError if anything is off."""
+    config, stored, values = unpack_artifact(data)
+    weights = {name: tensor.float() for name, tensor in stored.items()}
+    return config, weights | {name: value * weights[name][:, None] for name, value in values.items()}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Evaluation: score, then adapt. The split is taken in chunks of C targets, in order. Each is scored with weights that
@@ -930,15 +1122,20 @@ def train_and_store(run: Run, stream: TokenStream, optimizers: list, evaluator: 
     average.apply()
     validate(f"swa:{average.count}_snapshots", event="swa", **progress)
     run.log(f"weights_sha256 after training, by rank: {run.dist.weight_digests(run.model)}")
+    start, limit, left = run.dist.now(), run.config.max_artifact_bytes, run.config.max_wallclock_seconds or math.inf
+    moments = error_moments(run, stream, progress["step"], seconds=left - progress["train_s"])
+    moments_s = run.dist.now() - start
+    data = encode_artifact(run.model.state_dict(), run.config, moments=moments, limit=limit - len(code), dist=run.dist)
+    seconds = run.dist.now() - start - moments_s
     if not run.dist.is_master:
         return Path()  # evaluate_artifact reads rank 0's file
-    start, path, limit = time.perf_counter(), run.log.folder / "artifact.bin", run.config.max_artifact_bytes
-    data = encode_artifact(run.model.state_dict(), run.config)
+    path = run.log.folder / "artifact.bin"
     path.with_suffix(".part").write_bytes(data)
     path.with_suffix(".part").replace(path)  # a file of the final name is always whole
     total, warning = len(data) + len(code), "" if len(data) + len(code) < limit else " TOO LARGE, cannot be submitted"
     run.log(f"artifact_bytes:{len(data)} code_bytes:{len(code)} total_bytes:{total} limit_bytes:{limit}{warning}",
-            event="artifact", artifact_bytes=len(data), code_bytes=len(code), seconds=time.perf_counter() - start)
+            event="artifact", artifact_bytes=len(data), code_bytes=len(code), seconds=seconds,
+            moments_s=moments_s)
     return path
 
 def evaluate_artifact(run: Run, path: str | Path, evaluator: Evaluator) -> None:

@@ -267,7 +267,7 @@ def test_a_failed_rerun_leaves_no_score_of_the_run_before(run_here):
     first = run_here(RUN_ID="same", ITERATIONS=1, TTT_ENABLED=0)
     assert first.submission
     with pytest.raises(train_gpt.UserError, match="not finite"):
-        run_here(RUN_ID="same", ITERATIONS=2, MATRIX_LR=1e9, TIED_EMBED_LR=1e9)
+        run_here(RUN_ID="same", ITERATIONS=2, SCALAR_LR=1e9)
     assert {path.name for path in first.folder.iterdir()} == {"train.log", "metrics.jsonl", "train_gpt.py"}
 
 
