@@ -1,15 +1,14 @@
 """Train a small language model in ten minutes, store it in 16 MB, score it in bits per byte - validly.
 
-    torchrun --standalone --nproc_per_node=8 train_gpt.py     # the record setting: 8xH100, 600 s, FineWeb
-    torchrun --standalone --nproc_per_node=1 train_gpt.py     # one GPU: same batch and schedule, fewer steps
-    ARTIFACT=logs/RUN_ID/artifact.bin torchrun --standalone --nproc_per_node=8 train_gpt.py         # evaluate only
-    make demo                                                 # two CPU cores or one GPU, no data to download
+    torchrun --standalone --nproc_per_node=8 train_gpt.py   # the record setting: 8xH100, 600 s, FineWeb
+    torchrun --standalone --nproc_per_node=1 train_gpt.py   # one GPU: same batch and schedule, fewer steps
+    ARTIFACT=logs/RUN_ID/artifact.bin torchrun --standalone --nproc_per_node=8 train_gpt.py   # evaluate only
+    make demo                                               # two CPU cores or one GPU, no data to download
 
-Settings are environment variables, all listed in Config. A run writes to logs/RUN_ID/: train.log, metrics.jsonl,
-train_gpt.py as it ran, artifact.bin, submission.json. The file reads in the order data flows. Model and recipe are
-those of openai/parameter-golf PR #264; where this script departs from that one, it says why.
+Settings are environment variables, all listed in Config; a run writes logs/RUN_ID/. The file reads in the order data
+flows. Model and recipe are openai/parameter-golf PR #264's; where this script departs from that one, it says why.
 Shapes: B sequences, T positions, D model_dim, H query heads, K key/value heads, E head_dim, V vocabulary,
-        L sequence length, S stride of the W scoring windows, C targets in a chunk, N targets in all.
+L sequence length, S stride of the W scoring windows, C targets in a chunk, N targets in all.
 """
 
 from __future__ import annotations
@@ -35,86 +34,85 @@ import torch.nn.functional as F
 import zstandard
 from torch import Tensor, nn
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings: one field per environment variable of the same name in capitals. Values are parsed strictly and checked
-# together at the start: a typo that silently trained the default model would cost eight GPUs for twenty minutes.
+# ------------------------------ Settings
+# One field per environment variable of the same name in capitals, parsed strictly and checked together at the
+# start: a typo that silently trained the default model would cost eight GPUs for twenty minutes.
 
 class UserError(Exception):
-    """A problem the person who launched the run can fix: one line naming the thing, its value and the remedy."""
+    """A problem whoever launched the run can fix: one line naming the thing, its value and the remedy."""
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run. Build it with Config.from_env(os.environ); Config() is the record configuration."""
+    """Every setting; Config() is the record configuration."""
     # Data and run
-    data_path: str = "data/datasets/fineweb10B_sp1024"  # folder of fineweb_train_*.bin and fineweb_val_*.bin
-    tokenizer_path: str = "data/tokenizers/fineweb_1024_bpe.model"  # SentencePiece model the shards were made with
-    run_id: str = ""  # name of the folder under logs/, overwritten if it is there; empty: start time and seed
-    seed: int = 1337  # of the initial weights; the order of the data is fixed
+    data_path: str = "data/datasets/fineweb10B_sp1024"  # fineweb_{train,val}_*.bin
+    tokenizer_path: str = "data/tokenizers/fineweb_1024_bpe.model"  # SentencePiece
+    run_id: str = ""  # folder under logs/, overwritten if it is there; empty: start time and seed
+    seed: int = 1337  # of the initial weights
     # Model (the defaults have 26,666,073 parameters)
     vocab_size: int = 1024
     num_layers: int = 11
     model_dim: int = 512
     num_heads: int = 8
     num_kv_heads: int = 4
-    mlp_mult: float = 3.0  # hidden width of the MLP over model_dim
-    bigram_vocab_size: int = 2048  # rows of the bigram table
+    mlp_mult: float = 3.0  # hidden width over model_dim
+    bigram_vocab_size: int = 2048
     bigram_dim: int = 64
-    qk_gain_init: float = 1.5  # initial gain of the normalised queries, one per head
+    qk_gain_init: float = 1.5  # initial gain of queries, by head
     logit_softcap: float = 30.0
     rope_base: float = 10000.0
     # Training
     train_seq_len: int = 2048  # also the length of the scoring windows
-    train_batch_tokens: int = 786_432  # tokens a step, over all ranks and micro-batches
+    train_batch_tokens: int = 786_432  # a step, over all ranks
     iterations: int = 20_000  # steps at most
-    max_wallclock_seconds: float = 600.0  # training time at most; 0: only ITERATIONS decides
-    warmup_steps: int = 20  # compile and tune kernels, then restore; not part of training time
-    warmdown_iters: int = 3000  # steps over which the learning rate falls to zero, 58 % of the budget at most
-    val_loss_every: int = 1000  # steps between validations (not part of training time); 0: only at the end
-    val_batch_size: int = 524_288  # tokens a batch in those validations, over all ranks
-    train_log_every: int = 50  # steps between log lines
+    max_wallclock_seconds: float = 600.0  # of training at most; 0: only ITERATIONS decides
+    warmup_steps: int = 20  # compile and tune, then restore; not training time
+    warmdown_iters: int = 3000  # steps of learning rate falling to zero, 58 % of the budget at most
+    val_loss_every: int = 1000  # steps between validations (not training time); 0: only at the end
+    val_batch_size: int = 524_288  # tokens a batch in those, over all ranks
+    train_log_every: int = 50
     # Optimiser
     matrix_lr: float = 0.02  # Muon: matrices of the blocks, bigram projection
-    scalar_lr: float = 0.02  # AdamW: mixes, skip weights, gains, gates, scales
+    scalar_lr: float = 0.02  # AdamW: all that is no matrix or table
     tied_embed_lr: float = 0.03  # AdamW: token and bigram tables
     muon_momentum: float = 0.99
     muon_momentum_warmup_start: float = 0.92
     muon_momentum_warmup_steps: int = 1500  # 29 % of the budget at most
     muon_backend_steps: int = 5  # Newton-Schulz iterations
-    weight_decay: float = 0.04  # decoupled, on every parameter
+    weight_decay: float = 0.04  # decoupled, on all
     grad_clip_norm: float = 0.3  # of the whole gradient; 0: off
     # Averaging (swa: stochastic weight averaging)
     swa_enabled: bool = True
-    swa_start_frac: float = 0.5  # average while the learning rate is under this share of its maximum
-    swa_every: int = 50  # steps between the averaged snapshots
+    swa_start_frac: float = 0.5  # average while the learning rate is below this share
+    swa_every: int = 50
     # Artifact
     embed_bits: int = 6  # token and bigram tables: 6, 8, or 16 for fp16
-    gptq_batches: int = 16  # training batches, part of the training time, that weigh errors; 0: plain rounding
-    max_artifact_bytes: int = 16_000_000  # artifact + script must stay under it
+    gptq_batches: int = 16  # of training, in its time, that tell what errors cost; 0: plain rounding
+    max_artifact_bytes: int = 16_000_000  # of artifact + script
     # Evaluation (ttt: test-time training, the adaptation)
-    artifact: str = ""  # evaluate this file instead of training
+    artifact: str = ""  # evaluate this instead of training
     eval_stride: int = 64  # S: targets scored by each window but the first
-    eval_batch_seqs: int = 32  # windows in a batch, on each rank
-    max_val_tokens: int = 0  # score only this many targets from the start, rounded down to whole sequences; 0: all
-    val_nll_path: str = ""  # write the nats of each target of the submitted pass here (float32 .npy)
-    eval_plain: bool = False  # a second pass without adaptation, as a diagnostic
-    eval_max_seconds: float = 600.0  # adaptation stops for good when the rest would not fit; 0: no limit
+    eval_batch_seqs: int = 32  # windows a rank scores at once
+    max_val_tokens: int = 0  # score only the first ones, in whole sequences; 0: all
+    val_nll_path: str = ""  # write each target's nats in the submitted pass here (float32 .npy)
+    eval_plain: bool = False  # a second pass, without adaptation
+    eval_max_seconds: float = 600.0  # adaptation stops when the rest would not fit; 0: no limit
     ttt_enabled: bool = True
     ttt_lr: float = 0.002  # of the first chunk; cosine to zero over the chunks
     ttt_momentum: float = 0.9
-    ttt_epochs: int = 3  # SGD steps on each chunk after it is scored
+    ttt_epochs: int = 3  # SGD steps on each scored chunk
     ttt_chunk_tokens: int = 32_768  # C
     ttt_grad_clip: float = 1.0  # 0: off
-    ttt_max_chunks: int = -1  # chunks adapted on, to replay a run that stopped adapting; -1: all
-    # Machine ("auto" and 0 are settled at start-up and logged)
+    ttt_max_chunks: int = -1  # chunks adapted on, to replay a run that stopped; -1: all
+    # Machine ("auto" and 0 are settled at the start and logged)
     device: str = "auto"  # cuda or cpu
-    compute_dtype: str = "auto"  # bfloat16 or float32: products and residual stream
+    compute_dtype: str = "auto"  # bfloat16 or float32
     compile: str = "auto"  # 1 or 0: torch.compile
     micro_batch_tokens: int = 0  # tokens a rank processes at once
-    deterministic: bool = False  # the same bits on each CUDA run, slower
+    deterministic: bool = False  # the same bits on each CUDA run
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Config:
-        """Reads and checks every setting; raises UserError with all problems in one line."""
         known = {field.name.upper(): type(field.default) for field in fields(cls)}
         values, problems = {}, []
         for name, text in env.items():
@@ -131,7 +129,6 @@ class Config:
         return config
 
     def problems(self) -> list[str]:
-        """What is wrong with these values, each as 'NAME=value: rule'; nothing if they can be run."""
         rules = [(name, 0 < value < 2**31, "must be positive, below 2**31") if name in MUST_BE_POSITIVE else
                  (name, (-1 if name == "ttt_max_chunks" else 0) <= value < 2**31, "must be from 0 on, below 2**31")
                  for name, value in vars(self).items() if isinstance(value, (int, float))]
@@ -144,14 +141,14 @@ class Config:
             rules += [(name, str(getattr(self, name)) in known.split(), f"must be one of {known}")
                       for name, known in CHOICES.items()]
             rules += [
-                ("vocab_size", self.vocab_size <= 65536, "must be at most 65536, shards hold uint16 tokens"),
+                ("vocab_size", self.vocab_size <= 65536, "must be at most 65536, tokens are uint16"),
                 ("model_dim", self.model_dim % (2 * self.num_heads) == 0, "must be an even multiple of NUM_HEADS"),
                 ("num_heads", self.num_heads % self.num_kv_heads == 0, "must be a multiple of NUM_KV_HEADS"),
-                ("mlp_mult", self.mlp_mult * self.model_dim >= 1, "leaves the MLP without hidden units"),
+                ("mlp_mult", self.mlp_mult * self.model_dim >= 1, "leaves the MLP empty"),
                 ("bigram_vocab_size", self.bigram_vocab_size >= 2, "must be at least 2"),
                 ("eval_stride", length % self.eval_stride == 0, f"must divide TRAIN_SEQ_LEN={length}"),
                 ("max_val_tokens", not 0 < self.max_val_tokens < length, f"must be 0 or at least {length}, a sequence"),
-                ("run_id", re.fullmatch(r"(\w[\w.+-]*)?", self.run_id), "must be letters, digits, _ . + -, no . first"),
+                ("run_id", re.fullmatch(r"(\w[\w.+-]*)?", self.run_id), "must be letters, digits, _ . + -"),
                 ("val_nll_path", not nll.name or nll.suffix == ".npy" and nll.parent.is_dir(), "needs .npy, a folder"),
             ]
         return [f"{name.upper()}={getattr(self, name)}: {rule}" for name, holds, rule in rules if not holds]
@@ -165,21 +162,21 @@ MUST_BE_POSITIVE = """vocab_size num_layers model_dim num_heads num_kv_heads mlp
     max_artifact_bytes eval_stride eval_batch_seqs ttt_chunk_tokens""".split()
 
 def within_edits(a: str, b: str, edits: int) -> bool:
-    """Whether at most so many insertions, deletions or substitutions turn a into b (Levenshtein distance)."""
+    """Whether at most so many insertions, deletions and substitutions turn a into b."""
     while a and b and a[0] == b[0]:
         a, b = a[1:], b[1:]
-    tries = ((a[1:], b[1:]), (a[1:], b), (a, b[1:])) if edits and (a or b) else ()
-    return a == b or any(within_edits(x, y, edits - 1) for x, y in tries)
+    tries = (a[1:], b[1:]), (a[1:], b), (a, b[1:])
+    return a == b or edits > 0 and any(within_edits(*pair, edits - 1) for pair in tries)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Distributed context and log: all communication between ranks. Every method does the right thing at world size 1, so
-# one path is written and tested. All ranks always hold the same weights; they share work, gradients and rank 0's clock.
+# ------------------------------ Distributed context and log
+# All communication between ranks, also right at world size 1, so that one path is written
+# and tested. All ranks always hold the same weights; they share work, gradients and rank 0's clock.
 
 class Dist:
-    """The ranks of a run: who we are, our device, and the few collectives the run needs."""
+    """Who we are among the ranks, our device, and the few collectives a run needs."""
     def __init__(self, device: str = "cpu", env: Mapping[str, str] = {}):
         names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))  # torchrun's
-        self.rank, self.world_size, local_rank, local_size = (int(env.get(name, default)) for name, default in names)
+        self.rank, self.world_size, local_rank, local_size = (int(env.get(*name)) for name in names)
         self.is_master = self.rank == 0
         on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
         if on_gpu and max(local_size, local_rank + 1) > (gpus := torch.cuda.device_count()):
@@ -189,34 +186,33 @@ class Dist:
             torch.cuda.set_device(self.device)
         elif local_size > 1:  # torchrun sets OMP_NUM_THREADS=1, which leaves cores idle
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-        if self.world_size > 1:  # gloo beside nccl: what hosts decide travels between hosts, past the GPUs
+        if self.world_size > 1:  # gloo beside nccl: what hosts decide stays between hosts
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
 
     def mine(self, items):
-        """This rank's share of a sequence or array: every world_size-th item."""
+        """This rank's share: every world_size-th item."""
         return items[self.rank :: self.world_size]
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Adds the tensor up over all ranks, in place."""
         if self.world_size > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
 
     def from_master(self, value):
-        """Rank 0's value, on every rank: decisions made from it are the same everywhere."""
+        """Rank 0's value, on every rank."""
         box = [value]
         if self.world_size > 1:
-            torch.distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+            torch.distributed.broadcast_object_list(box, device=torch.device("cpu"))
         return box[0]
 
     def now(self) -> float:
-        """Rank 0's clock in seconds, read once the device has finished its work: all ranks see the same time."""
+        """Rank 0's clock in seconds, once the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return self.from_master(time.perf_counter())
 
     def weight_digests(self, model: nn.Module) -> str:
-        """The start of the SHA-256 of the exact weights, for each rank; raises RuntimeError unless all are equal."""
+        """Start of the SHA-256 of each rank's exact weights; RuntimeError unless all are equal."""
         weights = b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())
         digests = [hashlib.sha256(weights).hexdigest()[:16]] * self.world_size
         if self.world_size > 1:
@@ -226,7 +222,7 @@ class Dist:
         return " ".join(digests)
 
 class Log:
-    """Lines for people (console, train.log) and records for programs (metrics.jsonl); without a folder, nothing."""
+    """Lines for people (console, train.log), records for programs (metrics.jsonl); without a folder, nothing."""
     def __init__(self, folder: Path | None):
         self.folder, self.start = folder, time.perf_counter()
         if folder:
@@ -234,27 +230,29 @@ class Log:
             self.text, self.records = (open(folder / name, "w", buffering=1) for name in ("train.log", "metrics.jsonl"))
 
     def __call__(self, line: str = "", *, console: bool = True, **record) -> None:
-        if self.folder and line:
+        if not self.folder:
+            return
+        if line:
             print(line, file=self.text)
-        if self.folder and line and console:
+        if line and console:
             print(line, flush=True)
-        if self.folder and record:
+        if record:
             print(json.dumps({**record, "since_start_s": time.perf_counter() - self.start}), file=self.records)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data: shards are a 1024-byte header (256 little-endian int32: magic, version, token count, zeros) and uint16 tokens.
-# They are memory-mapped, never read whole. Which tokens a step trains on is arithmetic on its number: the global batch
-# does not depend on the world size. Sequences cross document boundaries, as in the challenge's baseline.
+# ------------------------------ Data
+# Shards are a 1024-byte header (256 little-endian int32: magic, version, token count, zeros) and uint16 tokens,
+# memory-mapped, never read whole. Which tokens a step trains on is arithmetic on its number: the global batch does not
+# depend on the world size. Sequences cross document boundaries, as in the challenge's baseline.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 GET_DATA = "run 'python data/cached_challenge_fineweb.py' or 'python data/build_dataset.py', set what it prints"
 
 def open_shard(path: Path, vocab_size: int) -> np.ndarray:
-    """Memory-maps a shard's tokens (uint16 [tokens]) after checking header, length and the first 16 M token ids."""
+    """Memory-maps a shard: uint16 [tokens]; checks header, length and the first 16 M token ids."""
     header, size = np.fromfile(path, "<i4", SHARD_HEADER_INTS), path.stat().st_size
     whole = len(header) == SHARD_HEADER_INTS and header[2] > 0 and size == header.nbytes + 2 * int(header[2])
     if not whole or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise UserError(f"{path}: {size} bytes, header {header[:3].tolist()}: not a whole shard (magic {SHARD_MAGIC}, "
-                        f"version {SHARD_VERSION}, tokens = (bytes - 1024) / 2); delete it and {GET_DATA}")
+        raise UserError(f"{path}: {size} bytes, header {header[:3].tolist()} where a whole shard has {SHARD_MAGIC}, "
+                        f"{SHARD_VERSION}, (bytes - 1024) / 2: delete it and {GET_DATA}")
     tokens = np.memmap(path, "<u2", "r", header.nbytes)
     check_ids(tokens[: 1 << 24], vocab_size, path)
     return tokens
@@ -265,7 +263,7 @@ def check_ids(tokens: np.ndarray, vocab_size: int, source: Path) -> np.ndarray:
     return tokens
 
 class TokenStream:
-    """The tokens of all shards of a split ("train" or "val"), in name order, as one sequence without end."""
+    """The tokens of a split's shards ("train" or "val"), in name order, as one sequence without end."""
     def __init__(self, config: Config, split: str):
         self.config, self.folder = config, Path(config.data_path)
         self.shards = [open_shard(p, config.vocab_size) for p in sorted(self.folder.glob(f"fineweb_{split}_*.bin"))]
@@ -276,7 +274,7 @@ class TokenStream:
                             f".bin, less than a sequence of {config.train_seq_len}: {GET_DATA}")
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count) as uint16, starting over after the last one."""
+        """Tokens [start, start + count), uint16; after the last one, from the first on."""
         parts = []
         while count > 0:
             position = start % self.num_tokens
@@ -286,8 +284,8 @@ class TokenStream:
         return check_ids(np.concatenate(parts), self.config.vocab_size, self.folder)
 
     def micro_batches(self, step: int, dist: Dist) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's share of the step's global batch: inputs and targets, int64 [micro_batch_tokens / L, L] each.
-        Sequence q covers tokens [qL, qL + L]; step s holds sequences [s n, (s + 1) n), dealt to the ranks in blocks."""
+        """This rank's share of the step's batch: inputs and targets, int64 [micro_batch_tokens / L, L] each. Sequence
+        q covers tokens [qL, qL + L]; step s holds sequences [s n, (s + 1) n), dealt to the ranks in blocks."""
         length, seqs = self.config.train_seq_len, self.config.train_batch_tokens // self.config.train_seq_len
         first, per_rank = step * seqs + dist.rank * (seqs // dist.world_size), seqs // dist.world_size
         for sequence in range(first, first + per_rank, self.config.micro_batch_tokens // length):
@@ -296,26 +294,25 @@ class TokenStream:
             yield tokens[:-1].view(-1, length), tokens[1:].view(-1, length)
 
 class TokenBytes:
-    """Bytes of text that each token stands for, so that the score does not depend on the tokenizer."""
+    """Bytes of text that each token stands for: the score does not depend on the tokenizer."""
     def __init__(self, tokenizer: spm.SentencePieceProcessor):
         ids = range(tokenizer.vocab_size())
         pieces = [tokenizer.id_to_piece(i) for i in ids]
         lengths = [len(piece.removeprefix("▁").replace("▁", " ").encode()) for piece in pieces]
-        is_byte = [tokenizer.is_byte(i) for i in ids]
         tests = (tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused)
         self.control = np.array([any(test(i) for test in tests) for i in ids])
         self.leading_space = np.array([piece.startswith("▁") for piece in pieces])
-        self.base = np.where(self.control, 0, np.where(is_byte, 1, lengths))
+        self.base = np.where(self.control, 0, np.where([tokenizer.is_byte(i) for i in ids], 1, lengths))
 
     def count(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes of the targets tokens[1:], each given the token before it: int [N + 1] -> int64 [N].
-        A piece counts its UTF-8 bytes; a leading U+2581 is a space, or nothing behind a control token, where decoding
-        drops it; a byte token is one byte, a control token none. The sum is the length of the normalised text."""
+        A piece counts its UTF-8 bytes; a leading U+2581 is a space, but nothing behind a control token, where decoding
+        drops it; a byte token is one byte, a control token none. They add up to the normalised text's."""
         previous, target = tokens[:-1], tokens[1:]
         return self.base[target] + (self.leading_space[target] & ~self.control[previous])
 
 def load_tokenizer(config: Config) -> spm.SentencePieceProcessor:
-    """The SentencePiece model of the shards; raises UserError if it is missing, damaged or of another size."""
+    """The shards' SentencePiece model; UserError if missing, damaged or of another size."""
     try:
         tokenizer = spm.SentencePieceProcessor(model_proto=Path(config.tokenizer_path).read_bytes())
     except (RuntimeError, OSError) as error:
@@ -324,9 +321,9 @@ def load_tokenizer(config: Config) -> spm.SentencePieceProcessor:
         raise UserError(f"{config.tokenizer_path} has {size} tokens, VOCAB_SIZE={config.vocab_size}: make them equal")
     return tokenizer
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Model: pre-norm transformer with weightless RMSNorm and no biases. Master weights are fp32; each matrix is cast where
-# it is used, so products and residual stream run in compute_dtype while optimiser and averaging see full precision.
+# ------------------------------ Model
+# Pre-norm transformer, weightless RMSNorm, no biases. Master weights are fp32, cast where they are used: products and
+# residual stream run in compute_dtype, optimiser and averaging see full precision.
 
 def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
@@ -337,7 +334,7 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 class BigramHash(nn.Module):
-    """What the last two tokens say together: a hashed table of bigrams, projected to the model's width (PR #264)."""
+    """What the last two tokens say together: a hashed table, projected to width D (PR #264)."""
     def __init__(self, config: Config):
         super().__init__()
         self.buckets = config.bigram_vocab_size - 1  # the last row is for position 0, which has no bigram
@@ -354,7 +351,7 @@ class BigramHash(nn.Module):
         return self.proj(self.embed(self.hash(tokens)).to(dtype)) * self.scale.to(dtype)
 
 class SmearGate(nn.Module):
-    """Blends each position with the one before it, by a learned share per dimension (modded-nanogpt; PR #264)."""
+    """Blends each position with the one before, by a learned share a dimension (modded-nanogpt; PR #264)."""
     def __init__(self, dim: int):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(dim))  # sigmoid(0): half and half
@@ -397,7 +394,7 @@ class MLP(nn.Module):
         return self.proj(F.relu(self.fc(x)).square())
 
 class Block(nn.Module):
-    """Mixes the residual stream x with the embedding x0, then adds attention and MLP, each scaled per dimension."""
+    """Mixes the stream x with the embedding x0, then adds attention and MLP, each scaled per dimension."""
     def __init__(self, config: Config):
         super().__init__()
         ones = torch.ones(config.model_dim)
@@ -430,8 +427,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Orthogonal matrices (arXiv:1312.6120), zero output projections, small embeddings; the rest as declared above.
-        PR #264 meant to scale output projections by 1/sqrt(2 * layers), but those start at zero, so of all matrices the
-        factor only ever reached the bigram projection, which must not be zero: it and its table would never move."""
+        PR #264's 1/sqrt(2 * layers) was meant for output projections. Those start at zero, so it only ever reached the
+        bigram projection, which must not: it and its table would never move."""
         nn.init.normal_(self.tok_emb.weight, std=0.005)
         nn.init.zeros_(self.bigram.embed.weight)
         nn.init.orthogonal_(self.bigram.proj.weight, gain=1 / math.sqrt(2 * self.config.num_layers))
@@ -455,15 +452,15 @@ class GPT(nn.Module):
         return self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
 
 def token_nll(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
-    """Nats of each target: int64 [B, T] twice -> fp32 [B, T]. Training, validation and adaptation all go through it."""
+    """Nats of each target: int64 [B, T] twice -> fp32 [B, T], in training, validation and adaptation alike."""
     return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimiser: Muon for the matrices inside the model, AdamW for embeddings and everything per-dimension. Each rank has
-# the gradient of its own sequences; the sum over ranks is taken once a step, in one buffer.
+# ------------------------------ Optimiser
+# Muon for the matrices inside the model, AdamW for embeddings and everything per-dimension. Each rank has
+# its own sequences' gradient; ranks add up once a step, in one buffer.
 
 class FlatGradients:
-    """One buffer for all gradients, of which each .grad is a view: never call zero_grad(), it would drop the views."""
+    """One buffer for all gradients; each .grad is a view of it, which zero_grad() would drop."""
     def __init__(self, model: nn.Module):
         parameters = list(model.parameters())
         self.flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
@@ -477,8 +474,8 @@ class FlatGradients:
             self.flat.mul_((max_norm / (self.flat.norm() + 1e-6)).clamp(max=1.0))
 
 def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
-    """Moves the singular values of each matrix [..., rows, cols] near 1 (0.7 to 1.2 after 5 steps), in bf16 on GPUs:
-    the quintic iteration of Muon (Keller Jordan et al., kellerjordan.github.io/posts/muon)."""
+    """Moves the singular values of each [..., rows, cols] near 1 (0.7 to 1.2 after 5 steps), in bf16 on GPUs: Muon's
+    quintic iteration (Keller Jordan et al., kellerjordan.github.io/posts/muon)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices  # the Gram matrix below is then the smaller one
@@ -490,9 +487,9 @@ def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
     return x.mT if tall else x
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum whose update is orthogonalised, with decoupled weight decay; for 2-D parameters only.
+    """Nesterov momentum, orthogonalised; decoupled weight decay; for 2-D parameters only:
     W <- (1 - lr * weight_decay) * W - lr * sqrt(max(1, rows / cols)) * newton_schulz(g + momentum * buffer).
-    Matrices of one shape are orthogonalised together, and each rank does its share of them."""
+    Matrices of one shape are orthogonalised together, each rank its share of them."""
     def __init__(self, params, lr: float, momentum: float, weight_decay: float = 0.0, steps: int = 5, *, dist=None):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps))
         self.dist = dist or Dist()
@@ -512,7 +509,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(params, updates, alpha=-group["lr"])
 
     def orthogonalize(self, updates: list[Tensor], steps: int) -> list[Tensor]:
-        """Orthogonal updates, fp32, the same on all ranks: each fills its share of one zeroed buffer, then they add."""
+        """Orthogonal updates, fp32: each rank fills its share of a zeroed buffer, then they add up."""
         flat = torch.zeros(sum(u.numel() for u in updates), device=updates[0].device)
         results = [view.view_as(u) for u, view in zip(updates, flat.split([u.numel() for u in updates]))]
         for rows, cols in dict.fromkeys(u.shape for u in updates):
@@ -523,7 +520,7 @@ class Muon(torch.optim.Optimizer):
         return results
 
 def build_optimizers(model: GPT, config: Config, dist: Dist) -> list[torch.optim.Optimizer]:
-    """Muon and AdamW over disjoint groups that cover every parameter; each group remembers its own base_lr."""
+    """Muon and AdamW over disjoint groups that cover every parameter; each group remembers its base_lr."""
     matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     others = [m for m in model.modules() if not isinstance(m, (nn.Linear, nn.Embedding))]
@@ -537,10 +534,10 @@ def build_optimizers(model: GPT, config: Config, dist: Dist) -> list[torch.optim
         group["base_lr"] = group["lr"]
     return [muon, adamw]
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Schedule: pure functions of the step and of the training seconds that all ranks share; whichever budget is nearer its
-# end decides. The shares of the budget are those of PR #264's own run (3000 and 1500 of its 5197 steps), so that the
-# schedule keeps its shape on slower machines and in small runs.
+# ------------------------------ Schedule
+# Pure functions of the step and the training seconds that all ranks share; the budget nearer its end decides.
+# Its shares are those of PR #264's own run (3000 and 1500 of 5197 steps): the schedule keeps its shape on slower
+# machines and in small runs.
 WARMDOWN_MAX_SHARE, MOMENTUM_WARMUP_MAX_SHARE = 0.58, 0.29
 
 def lr_factor(step: int, elapsed_s: float, config: Config) -> float:
@@ -561,12 +558,11 @@ def muon_momentum(step: int, elapsed_s: float, config: Config) -> float:
     start = config.muon_momentum_warmup_start
     return start + min(progress, 1.0) * (config.muon_momentum - start)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
+# ------------------------------ Training
 
 @dataclass
 class Run:
-    """What every stage of a run needs."""
+    """What all stages need."""
     config: Config
     dist: Dist
     log: Log
@@ -576,7 +572,7 @@ class Run:
     moments_s: float = 0.0  # of the training time, what error_moments takes
 
 def train_step(run: Run, stream: TokenStream, optimizers: list, step: int, factor: float, momentum: float) -> Tensor:
-    """One optimiser step; factor scales all learning rates. Returns this rank's part of the mean loss, fp32 []."""
+    """One optimiser step, all learning rates times factor. Returns this rank's part of the mean loss, fp32 []."""
     loss = torch.zeros((), device=run.dist.device)
     run.grads.flat.zero_()
     for inputs, targets in stream.micro_batches(step, run.dist):
@@ -593,12 +589,11 @@ def train_step(run: Run, stream: TokenStream, optimizers: list, step: int, facto
     return loss
 
 def train(run: Run, stream: TokenStream, optimizers: list, validate: Callable[..., None]) -> tuple[WeightAverage, dict]:
-    """Trains until the steps or the seconds are used up; returns the average of the weights and how far it came.
-    validate(title, **record) is not training time. No step starts that would end late if it took the longest of ten."""
-    config, average = run.config, WeightAverage(run.model)
-    if limit := config.max_wallclock_seconds:
-        limit = max(limit - run.moments_s, 0.01)
-        config = replace(config, max_wallclock_seconds=limit)
+    """Trains until steps or seconds are used up; returns the average of the weights and how far it came. Validation is
+    not training time. No step starts that would end late if it took the longest of the last ten."""
+    limit, average = run.config.max_wallclock_seconds, WeightAverage(run.model)
+    limit = max(limit - run.moments_s, 0.01) if limit else 0.0
+    config = replace(run.config, max_wallclock_seconds=limit)
     step, elapsed, durations, start = 0, 0.0, [0.0], run.dist.now()  # start moves on by what is not training
     while step < config.iterations and not 0 < limit < elapsed + max(durations[-10:]):
         if config.val_loss_every and step and step % config.val_loss_every == 0:
@@ -621,9 +616,9 @@ def train(run: Run, stream: TokenStream, optimizers: list, validate: Callable[..
     return average, progress
 
 def warm_up(run: Run, stream: TokenStream | None, optimizers: list, evaluator: Evaluator) -> None:
-    """Compiles and tunes everything the run will execute, then restores weights and optimiser state bit for bit.
-    Training steps run on training tokens (without a stream, for ARTIFACT=..., there are none), scoring and adapting on
-    random ones: no validation token is seen. The position in the data is a function of the step, nothing to restore."""
+    """Compiles and tunes all that the run will execute, then restores weights and optimiser state bit for bit. Training
+    steps run on training tokens (none without a stream, for ARTIFACT=...), scoring and adapting on random ones: no
+    validation token is seen. The position in the data is a function of the step, nothing to restore."""
     saved = [parameter.detach().clone() for parameter in run.model.parameters()]
     for step in range(run.config.warmup_steps if stream else 0):
         train_step(run, stream, optimizers, step, 1.0, run.config.muon_momentum_warmup_start)
@@ -632,7 +627,7 @@ def warm_up(run: Run, stream: TokenStream | None, optimizers: list, evaluator: E
         start = run.dist.now()
         error_moments(run, stream, first_step=0)
         run.moments_s = 1.1 * (run.dist.now() - start)
-        run.log(f"moments for GPTQ take at most {run.moments_s:.1f}s: training ends that much earlier")
+        run.log(f"training ends {run.moments_s:.1f}s early, for what GPTQ needs")
     evaluator.warm_up(with_validation=stream is not None)
     with torch.no_grad():
         torch._foreach_copy_(list(run.model.parameters()), saved)
@@ -640,12 +635,11 @@ def warm_up(run: Run, stream: TokenStream | None, optimizers: list, evaluator: E
         optimizer.state.clear()
     run.log("warm-up done, weights and optimiser restored", event="warm_up")
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Averaging
+# ------------------------------ Averaging
 
 class WeightAverage:
-    """Uniform mean of weights along the end of training (SWA, arXiv:1803.05407), summed in fp32 on the device.
-    PR #264 added bf16 parameters up in bf16, which loses more than averaging gains."""
+    """Uniform mean of the weights late in training (SWA, arXiv:1803.05407), summed in fp32. PR #264 added bf16
+    parameters up in bf16, which loses more than averaging gains."""
     def __init__(self, model: nn.Module):
         self.parameters, self.count = list(model.parameters()), 0
         self.sums = [torch.zeros_like(p) for p in self.parameters]
@@ -657,44 +651,34 @@ class WeightAverage:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Replaces the model's weights by the mean; leaves them if there were no snapshots."""
         if self.count:
             torch._foreach_copy_(self.parameters, torch._foreach_div(self.sums, self.count))
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Artifact: a file that needs only this script and the tokenizer. Magic, version, sizes, SHA-256; a zstd frame of a JSON
-# header (model settings, table of tensors), the matrices' steps, small tensors and what the entropy coder needs; then
-# the matrices' values, int5 (MLP) or int6, entropy-coded. All raw and little-endian: nothing to execute, no pickle.
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFGPT", 2
-ARTIFACT_HEAD = struct.Struct("<8sIQQ")  # magic, version, bytes of the body, of its zstd frame; SHA-256 follows
-MAX_STORED_VALUES = 2**27  # no model in 16 MB has more, at a bit each: a damaged file cannot ask for all memory
+# ------------------------------ Artifact
+# A file that needs only this script and the tokenizer: magic and version; SHA-256 of the rest; size (uint32) and zstd
+# frame of a JSON header (model settings, table of tensors), the matrices' steps, small tensors and what the entropy
+# coder needs; the matrices' values, int5 (MLP) or int6, entropy-coded. Nothing in it is executed, no pickle.
+ARTIFACT_MAGIC = b"PGOLFGPT\x02"
+MAX_STORED_VALUES = 2**27  # a bit each in 16 MB: a damaged file cannot ask for all memory
 MODEL_SETTINGS = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult bigram_vocab_size bigram_dim
     logit_softcap rope_base train_seq_len embed_bits""".split()
 STEP_CHOICES = 16  # steps tried for each row, from 0.85 to 1.15 of the first guess
-FIT_SLACK = 10_000  # bytes that may stay unused under MAX_ARTIFACT_BYTES where finer steps would take them
-CODER_BITS, CODER_LANES, LANE_VALUES = 14, 1024, 2048  # precision of a frequency; lanes at most; values a lane at least
-
-def storage_bits(name: str, config: Config) -> int:
-    """Bits a weight of this tensor is stored with (16: fp16). Every tensor of the model matches exactly one rule."""
-    rules = (
-        (r"blocks\.\d+\.mlp\.(fc|proj)\.weight", 5),
-        (r"blocks\.\d+\.attn\.(c_q|c_k|c_v|proj)\.weight|bigram\.proj\.weight", 6),
-        (r"(tok_emb|bigram\.embed)\.weight", config.embed_bits),
-        (r"blocks\.\d+\.(attn\.q_gain|attn_scale|mlp_scale|resid_mix)|skip_weights|smear\.gate|bigram\.scale", 16),
-    )
-    (bits,) = [bits for pattern, bits in rules if re.fullmatch(pattern, name)]
-    return bits
+FIT_SLACK = 10_000  # bytes under the limit that may stay unused
+CODER_BITS = 14  # precision of the coder's frequencies
 
 def tensor_table(config: Config) -> list[list]:
-    """[name, shape, bits] of every tensor of the model, in order, without allocating it."""
+    """[name, shape, bits of a weight] of each tensor, in order; vectors and scalars are fp16. Nothing is allocated."""
     with torch.device("meta"):
-        return [[name, list(p.shape), storage_bits(name, config)] for name, p in GPT(config).named_parameters()]
+        shapes = {name: list(p.shape) for name, p in GPT(config).named_parameters()}
+    bits = {name: 16 if not name.endswith(".weight") else 5 if ".mlp." in name else 6 for name in shapes}
+    bits |= {"tok_emb.weight": config.embed_bits, "bigram.embed.weight": config.embed_bits}
+    return [[name, shape, bits[name]] for name, shape in shapes.items()]
 
 def error_moments(run: Run, stream: TokenStream, first_step: int, seconds: float = math.inf) -> dict:
-    """What errors in a matrix cost: {name: (G^T G [cols, cols], squares of G summed by row [rows])} over the gradients G
-    of the micro-batches of GPTQ_BATCHES steps, or as many as fit into seconds; fp32, the same on all ranks. It is the
-    Fisher information, Kronecker-factored (K-FAC, arXiv:1503.05671). GPTQ as published takes X^T X, which does not say
-    how much each output matters and does not exist for tables."""
+    """What errors in a matrix cost: {name: (G^T G [cols, cols], sums of G^2 by row [rows])}, G the loss gradients of
+    micro-batches of GPTQ_BATCHES steps, or of as many as fit into seconds; fp32, the same on all ranks. It is the
+    Fisher information, Kronecker-factored (K-FAC, arXiv:1503.05671); X^T X, as GPTQ is published, does not say how much
+    each output matters and does not exist for tables."""
     matrices = {name: p for name, p in run.model.named_parameters() if name.endswith(".weight")}
     moments = {name: (p.new_zeros(p.size(1), p.size(1)), p.new_zeros(p.size(0))) for name, p in matrices.items()}
     start, elapsed, batches = run.dist.now(), 0.0, 0
@@ -706,121 +690,119 @@ def error_moments(run: Run, stream: TokenStream, first_step: int, seconds: float
                 moment.addmm_(matrices[name].grad.T, matrices[name].grad)
                 power.add_(matrices[name].grad.square().sum(1))
         elapsed, batches = run.dist.now() - start, batches + 1
-    for total in (total for pair in moments.values() for total in pair):
-        run.dist.sum_(total)
+    for moment, power in moments.values():
+        run.dist.sum_(moment), run.dist.sum_(power)
     return moments if batches else {}
 
 def quantize(matrix: Tensor, steps: Tensor, bits: int, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Rounds fp32 [rows, cols] to whole numbers of steps, from -2**(bits-1) to 2**(bits-1) - 1: int8, and steps fp16
-    [rows]. Each row takes the one of its steps [choices, rows] of least error: e^T moment e, or without a moment e^T e.
-    With one, columns not yet rounded make up for what rounding the others costs (GPTQ, arXiv:2210.17323: damped by 1 %
-    of the mean, descending activation order, blocks of 128). Choosing pays where few columns cost most, as in the tied
-    embedding: some step nearly hits them. A row of zeros has step 0."""
-    lowest, highest, rows = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, torch.arange(len(matrix), device=matrix.device)
-    steps = steps.clamp(max=65504).half().float()
-    divisors, failed = steps.where(steps > 0, 1.0), True
+    [rows], 0 for zeros. Each row takes the one of its steps [choices, rows] of least error e: e^T moment e, or e^T e.
+    With a moment, columns not yet rounded make up for what rounding the others costs (GPTQ, arXiv:2210.17323: damped
+    by 1 % of the mean, descending activation order, blocks of 128). Choosing pays where few columns cost most, as in
+    the tied embedding: some step nearly hits them."""
+    lowest, highest, order, inverse = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, torch.arange(matrix.size(1)), None
     if moment is not None:
-        order = moment.diagonal().argsort(descending=True)
+        by_power = moment.diagonal().argsort(descending=True)
         damping = 0.01 * moment.diagonal().mean() * torch.eye(len(order), device=moment.device)
-        lower, failed = torch.linalg.cholesky_ex(moment[order][:, order] + damping)
+        lower, failed = torch.linalg.cholesky_ex(moment[by_power][:, by_power] + damping)
         if not failed:
-            inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)  # U^T U = moment^-1
-    if failed or not torch.isfinite(inverse).all():  # or beyond repair by damping: never lose a run over it
-        values = (matrix / divisors[..., None]).round_().clamp_(lowest, highest)  # (choice, row, col)
-        best = torch.stack([(v * step[:, None] - matrix).square().sum(1) for v, step in zip(values, steps)]).argmin(0)
-        values = values[best, rows].to(torch.int8)
-        return values, steps[best, rows].half() * values.any(1)
-    rest, error = matrix.T[order].repeat(1, len(steps)), torch.zeros_like(steps).flatten()  # (col, choice and row)
-    values, step, divisor = torch.empty_like(rest, dtype=torch.int8), steps.flatten(), divisors.flatten()
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)  # U^T U = moment^-1
+        if not failed and torch.isfinite(upper).all():  # else beyond repair by damping: never lose a run over it
+            order, inverse = by_power, upper
+    steps = steps.clamp(max=65504).half().float()
+    step, divisor, error = steps.flatten(), steps.where(steps > 0, 1.0).flatten(), torch.zeros_like(steps).flatten()
+    rest = matrix.T[order].repeat(1, len(steps))  # (col, choice and row)
+    values = torch.empty_like(rest, dtype=torch.int8)
     for start in range(0, len(rest), 128):
-        block, factor = rest[start : start + 128], inverse[start : start + 128, start : start + 128]
-        errors = torch.empty_like(block)
+        block, errors = rest[start : start + 128], torch.empty_like(rest[start : start + 128])
         for i, column in enumerate(block):
             value = (column / divisor).round_().clamp_(lowest, highest)
-            values[start + i], errors[i] = value, (column - value * step) / factor[i, i]
-            block[i:].addr_(factor[i, i:], errors[i], alpha=-1)
-        rest[start + 128 :] -= inverse[start : start + 128, start + 128 :].T @ errors
-        error += errors.square().sum(0)
-    best = error.view_as(steps).argmin(0)
+            values[start + i], errors[i] = value, column - value * step
+            if inverse is not None:
+                factor = inverse[start + i, start + i : start + 128]
+                block[i:].addr_(factor, errors[i].div_(factor[0]), alpha=-1)
+        if inverse is not None:
+            rest[start + 128 :] -= inverse[start : start + 128, start + 128 :].T @ errors
+        error += errors.square_().sum(0)
+    best, rows = error.view_as(steps).argmin(0), torch.arange(len(matrix), device=matrix.device)
     values = values.view(-1, *steps.shape)[order.argsort()][:, best, rows].T.contiguous()
     return values, steps[best, rows].half() * values.any(1)
 
 def encode_artifact(state_dict: Mapping[str, Tensor], config: Config, *, moments: Mapping[str, tuple] = {},
                     limit: int | None = None, dist: Dist | None = None) -> bytes:
-    """The artifact of these weights (fp32, any device), of fewer bytes than limit if one can be made. moments:
-    error_moments, for GPTQ. dist: ranks that share the work and all get the same bytes. Raises UserError for weights
-    that are not finite in storage."""
+    """The artifact of these weights (fp32, any device), shorter than limit if one can be made; moments: error_moments,
+    for GPTQ; dist: ranks that share the work and all get the same bytes. UserError if weights are not finite."""
     table, dist = tensor_table(config), dist or Dist()
     tensors = {name: state_dict[name].detach().float() for name, _, _ in table}
-    for name, shape, bits in table:
-        assert list(tensors[name].shape) == shape, (name, tensors[name].shape, shape)
+    for name, _, bits in table:
         if not torch.isfinite(tensors[name].half() if bits == 16 else tensors[name]).all():
-            raise UserError(f"weights of {name} are not finite in storage: training diverged, lower the learning rates")
-    matrices = {name: (tensors[name], bits) for name, _, bits in table if bits < 16}
-    # Vectors over the rows of all matrices: largest weight, power, number of weights, the step that just reaches the
-    # largest (PR #264 floored it at 1/127, too coarse for small rows), and what an error costs: the row's own moment
-    # and its matrix's mean, since what the batches did not show may turn up later.
-    largest = torch.cat([w.abs().amax(1) for w, _ in matrices.values()])
-    power = torch.cat([w.square().mean(1) for w, _ in matrices.values()])
-    width = torch.cat([w.new_full(w.shape[:1], w.size(1)) for w, _ in matrices.values()])
-    finest = largest / torch.cat([w.new_full(w.shape[:1], 2 ** (bits - 1) - 1) for w, bits in matrices.values()])
-    cost = torch.cat([moments[name][1] + moments[name][1].mean() for name in matrices]) if moments else width / finest**2
+            raise UserError(f"weights of {name} are not finite: training diverged, lower the learning rates")
+    bits_of, rows = {name: bits for name, _, bits in table if bits < 16}, {}
+    for name, bits in bits_of.items():
+        largest, square = tensors[name].abs().amax(1), tensors[name].square().mean(1)
+        finest = largest / (2 ** (bits - 1) - 1)  # PR #264 floored it at 1/127, too coarse for small rows
+        cost = finest**-2
+        if moments:  # the matrix's mean besides the row's own, for what the batches did not show
+            cost = (moments[name][1] + moments[name][1].mean()) / tensors[name].size(1)
+        rows[name] = largest, finest, square, cost
 
-    def first_guess(price: float) -> Tensor:  # steps [rows]: an error that a bit more saves is worth the price of a bit
-        return torch.fmax(finest, (price * width / cost).sqrt()).minimum(3 * largest)  # there, all is rounded to zero
+    def first_guess(name: str, price: int) -> Tensor:  # steps at which a bit more saves errors worth its price
+        largest, finest, _, cost = rows[name]
+        return torch.fmax(finest, (2 ** (price / 1024 - 100) / cost).sqrt()).minimum(3 * largest)  # there, all are zero
 
-    def predict(price: float) -> float:  # bytes: the entropy of Gaussians with a rounding error of 1/12
-        ratio = (power / first_guess(price) ** 2).nan_to_num(0, 0)
-        return dist.from_master((width / 16 * torch.log2(1 + 12 * ratio)).sum().item())
+    def predict(price: int) -> float:  # bytes: the entropy of Gaussians with a rounding error of 1/12
+        ratios = {name: (rows[name][2] / first_guess(name, price) ** 2).nan_to_num(0, 0) for name in rows}
+        return dist.from_master(sum(tensors[name].size(1) / 16 * (1 + 12 * ratio).log2().sum().item()
+                                    for name, ratio in ratios.items()))
 
-    def make(price: float) -> bytes:
-        mine, guesses = dist.mine(list(matrices)), first_guess(price).split([len(w) for w, _ in matrices.values()])
+    def make(price: int) -> bytes:
         stored, values = {name: w.half() for name, w in tensors.items()}, {}
-        for (name, (w, bits)), guess in zip(matrices.items(), guesses):
+        for name in rows:
+            w, guess = tensors[name], first_guess(name, price)
             values[name], stored[name] = torch.zeros_like(w, dtype=torch.int8), torch.zeros_like(guess).half()
-            if name in mine:
-                choices = torch.linspace(0.85, 1.15, STEP_CHOICES, device=w.device)[:, None] * guess
-                values[name], stored[name] = quantize(w, choices, bits, moments[name][0] if moments else None)
-        for part in (part for name in matrices for part in (values[name], stored[name])):
-            dist.sum_(part)
+            if name in dist.mine(list(rows)):
+                steps = torch.linspace(0.85, 1.15, STEP_CHOICES, device=w.device)[:, None] * guess
+                values[name], stored[name] = quantize(w, steps, bits_of[name], moments[name][0] if moments else None)
+        for name in rows:
+            dist.sum_(values[name])
+            dist.sum_(stored[name])
         return dist.from_master(pack_artifact(config, stored, values) if dist.is_master else b"")
 
     return largest_below(limit, make, predict)
 
-def largest_below(limit: int | None, make: Callable[[float], bytes], predict: Callable[[float], float]) -> bytes:
-    """make(0) if that is shorter than limit, else the longest found of make(price) that is; prices cost quality.
-    It stops within FIT_SLACK bytes of the limit. predict(price), about the length, falls with the price: it proposes
-    the next, between the last that was too low and the last that was high enough. If none is, the shortest there is."""
-    def price(exponent: int) -> float:
-        return 2 ** (exponent / 1024 - 100)
-    data, best, low, high, tries = make(0.0), None, 0, 200 * 1024, 0
+def largest_below(limit: int | None, make: Callable[[int], bytes], predict: Callable[[int], float]) -> bytes:
+    """make(0) if that is shorter than limit, else the longest found of make(price) that is, within FIT_SLACK of it if
+    such is found; prices up to 200 * 1024 cost quality. predict(price), about the length, falls with the price: it
+    proposes the next, between the last too low and the last high enough. If none is: the shortest there is."""
+    price, data, best, low, high, tries = 0, make(0), b"", 0, 200 * 1024, 0
     if limit is None or len(data) < limit:
         return data
-    missing = len(data) - predict(0.0)
     while high - low > 1 and not (best and limit - len(best) <= FIT_SLACK):
-        wanted, tries = limit - FIT_SLACK / 2 - missing, tries + 1
-        middle = bisect_left(range(high), -wanted, low + 1, key=lambda exponent: -predict(price(exponent)))
-        middle = middle if middle < high and tries < 8 else (low + high) // 2
-        data = make(price(middle))
-        missing = len(data) - predict(price(middle))
-        low, high, best = (low, middle, data) if len(data) < limit else (middle, high, best)
-    return best or make(price(high))
+        wanted, tries = limit - FIT_SLACK / 2 - len(data) + predict(price), tries + 1
+        price = bisect_left(range(high), -wanted, low + 1, key=lambda price: -predict(price))
+        price = price if price < high and tries < 8 else (low + high) // 2
+        data = make(price)
+        if len(data) < limit:
+            high, best = price, max(best, data, key=len)
+        else:
+            low = price
+    return best or make(high)
 
 def symbol_frequencies(symbols: np.ndarray) -> np.ndarray:
-    """uint16 symbols [n], 256 * class + byte -> uint16 [64, 256]: within each class that occurs, in proportion to the
-    counts; 2**CODER_BITS in sum, and no byte that occurs has 0."""
+    """uint16 symbols [n], 256 * class + byte -> uint16 [64, 256]: in proportion to the counts within each class, in sum
+    2**CODER_BITS; no byte that occurs has 0."""
     counts = np.bincount(symbols, minlength=1 << 14).reshape(64, 256)
-    total, spare = counts.sum(1), 2**CODER_BITS - np.count_nonzero(counts, axis=1)
-    frequencies = (counts > 0) + counts * spare[:, None] // np.maximum(total, 1)[:, None]
-    frequencies[np.arange(64), counts.argmax(1)] += (total > 0) * 2**CODER_BITS - frequencies.sum(1)
+    total, spare = counts.sum(1, keepdims=True), 2**CODER_BITS - np.count_nonzero(counts, axis=1)[:, None]
+    frequencies = (counts > 0) + counts * spare // np.maximum(total, 1)
+    frequencies[np.arange(64), counts.argmax(1)] += 2**CODER_BITS - frequencies.sum(1)
     return frequencies.astype("<u2")
 
 def entropy_encode(symbols: np.ndarray, frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Codes symbols of symbol_frequencies to states uint32 [lanes] and words uint16. rANS (Duda, arXiv:1311.2540),
-    interleaved (Giesen, arXiv:1402.3392): symbol i belongs to lane i % lanes, so that numpy works on all lanes at once.
-    A lane is a number in [2**16, 2**32) to which each symbol adds its information; before it would overflow, its lower
-    half becomes a word. Encoding runs backwards, decoding forwards."""
-    lanes, frequency = num_lanes(len(symbols)), frequencies.ravel().astype(np.uint64)
+    interleaved (Giesen, arXiv:1402.3392): symbol i belongs to lane i % lanes, numpy works on all lanes at once. A lane
+    is a number in [2**16, 2**32) that takes up each symbol's information; before it would overflow, its lower half
+    becomes a word. Encoding runs backwards, decoding forwards."""
+    lanes, frequency = max(1, min(1024, len(symbols) // 2048)), frequencies.ravel().astype(np.uint64)
     below = (np.cumsum(frequency) - frequency) % 2**CODER_BITS  # in its class
     states, words = np.full(lanes, 2**16, np.uint64), [np.empty(0, "<u2")]
     for start in reversed(range(0, len(symbols), lanes)):
@@ -832,18 +814,14 @@ def entropy_encode(symbols: np.ndarray, frequencies: np.ndarray) -> tuple[np.nda
         states[: len(symbol)] = (state // share << CODER_BITS) + state % share + below[symbol]
     return states.astype("<u4"), np.concatenate(words[::-1])
 
-def num_lanes(num_symbols: int) -> int:
-    return max(1, min(CODER_LANES, num_symbols // LANE_VALUES))
-
 def entropy_decode(classes: np.ndarray, frequencies: np.ndarray, states: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """Bytes (uint8) of the symbols, given the class of each; ValueError for anything entropy_encode did not make."""
-    total, used = frequencies.sum(1), frequencies.any(1)
-    if len(states) != num_lanes(len(classes)) or (total[used] != 2**CODER_BITS).any() or not used[classes].all():
+    """Bytes (uint8) of the symbols, given their classes; ValueError for what entropy_encode did not make."""
+    if (frequencies.sum(1) != 2**CODER_BITS).any() or classes.max(initial=0) > 63:
         raise ValueError("symbol frequencies that do not add up")
     frequency = frequencies.ravel().astype(np.uint32)
-    symbol = np.repeat(np.arange(1 << 14, dtype=np.uint16), frequency)  # of each slot, 2**CODER_BITS a used class
+    symbol = np.repeat(np.arange(1 << 14, dtype=np.uint16), frequency)  # of each slot, 2**CODER_BITS a class
     rest = (np.arange(len(symbol)) - (np.cumsum(frequency) - frequency)[symbol]).astype(np.uint32)
-    first_slot = ((np.cumsum(used) - 1) << CODER_BITS).astype(np.uint32)[classes]
+    first_slot = classes.astype(np.uint32) << CODER_BITS
     decoded, states, position = np.empty(len(classes), np.uint8), states.astype(np.uint32), 0
     for start in range(0, len(decoded), len(states)):
         state = states[: len(decoded) - start]
@@ -851,7 +829,7 @@ def entropy_decode(classes: np.ndarray, frequencies: np.ndarray, states: np.ndar
         decoded[start : start + len(state)] = symbol[slot]  # its lower byte
         state[:] = frequency[symbol[slot]] * (state >> CODER_BITS) + rest[slot]
         low = np.flatnonzero(state < 2**16)
-        state[low] = state[low] << 16 | words[position : position + len(low)]  # an error if there are too few words
+        state[low] = state[low] << 16 | words[position : position + len(low)]  # fails if words run out
         position += len(low)
     if position != len(words) or (states != 2**16).any():
         raise ValueError("entropy-coded values that do not come out even")
@@ -862,8 +840,8 @@ def pack_artifact(config: Config, stored: dict[str, Tensor], values: dict[str, T
     table = tensor_table(config)
     header = json.dumps(dict(config={name: getattr(config, name) for name in MODEL_SETTINGS}, tensors=table)).encode()
     flat, widths = np.concatenate([value.cpu().numpy().ravel() for value in values.values()]), row_widths(table)
-    # Rows whose root mean square lies in one quarter of an octave are distributed alike, in any matrix: they form a
-    # class, which has one table of frequencies. Class 0 is rows of zeros, which are not coded.
+    # Rows whose root mean square lies in one quarter of an octave are distributed alike, in any matrix: a class, which
+    # has one table of frequencies. Class 0 is rows of zeros, not coded.
     power = np.add.reduceat(np.square(flat, dtype=np.int32), np.cumsum(widths) - widths) / widths
     classes = np.clip(np.round(2 * np.log2(np.maximum(power, 1e-9))) + 32, power > 0, 63).astype(np.uint8)
     of_values = np.repeat(classes, widths)
@@ -873,33 +851,31 @@ def pack_artifact(config: Config, stored: dict[str, Tensor], values: dict[str, T
     arrays = (*(stored[name].cpu().numpy() for name, _, _ in table), classes, frequencies, states)
     body = b"".join((struct.pack("<I", len(header)), header, *(array.tobytes() for array in arrays)))
     frame = zstandard.compress(body, level=22)
-    head, payload = ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(body), len(frame)), frame + words.tobytes()
-    return head + hashlib.sha256(head + payload).digest() + payload
+    payload = struct.pack("<I", len(frame)) + frame + words.tobytes()
+    return ARTIFACT_MAGIC + hashlib.sha256(payload).digest() + payload
 
 def row_widths(table: list[list]) -> np.ndarray:
-    """Columns of each row of the matrices, int64 [rows of all]."""
-    return np.concatenate([np.full(shape[0], shape[1]) for _, shape, bits in table if bits < 16])
+    """Columns of each row of all matrices, int64 [rows]."""
+    return np.concatenate([np.full(*shape) for _, shape, bits in table if bits < 16])
 
 def unpack_artifact(data: bytes) -> tuple[Config, dict[str, Tensor], dict[str, Tensor]]:
-    """What pack_artifact was given. Raises UserError, before it allocates much, if anything is off."""
-    start = ARTIFACT_HEAD.size + 32
-    head, checksum, payload = data[: ARTIFACT_HEAD.size], data[ARTIFACT_HEAD.size : start], data[start:]
-    magic, version, size, frame_size = ARTIFACT_HEAD.unpack(head.ljust(ARTIFACT_HEAD.size, b"\0"))
-    if magic != ARTIFACT_MAGIC or version != ARTIFACT_VERSION:
-        raise UserError(f"artifact version {version} ({magic!r}), not {ARTIFACT_VERSION}: use the script beside it")
-    if hashlib.sha256(head + payload).digest() != checksum:
+    """What pack_artifact was given; UserError, before it allocates much, if anything is off."""
+    magic, checksum, payload = data[:9], data[9:41], data[41:]
+    if magic != ARTIFACT_MAGIC:
+        raise UserError(f"artifact begins with {magic!r}, not {ARTIFACT_MAGIC!r}: use the script beside it")
+    if hashlib.sha256(payload).digest() != checksum:
         raise UserError(f"artifact of {len(data)} bytes fails its checksum, it was cut or damaged: copy it again")
     try:
-        frame, words = payload[:frame_size], np.frombuffer(payload[frame_size:], "<u2")
-        if size >= 1 << 26 or zstandard.frame_content_size(frame) != size:
+        end = 4 + struct.unpack_from("<I", payload)[0]
+        frame, words = payload[4:end], np.frombuffer(payload[end:], "<u2")
+        if not 0 <= (size := zstandard.frame_content_size(frame)) < 1 << 26:
             raise ValueError(f"a body of {size} bytes")
         body = zstandard.decompress(frame)
         offset = 4 + struct.unpack_from("<I", body)[0]
         header = json.loads(body[4:offset])
         settings = {name: type(getattr(Config, name))(header["config"][name]) for name in MODEL_SETTINGS}
-        config, length = replace(Config(), **settings), settings["train_seq_len"]
-        fitting = dict(train_batch_tokens=length, ttt_chunk_tokens=length, eval_stride=length)  # not the file's to say
-        if problems := replace(config, **fitting).problems():
+        fitting = dict.fromkeys(("train_batch_tokens", "ttt_chunk_tokens", "eval_stride"), settings["train_seq_len"])
+        if problems := (config := Config(**settings, **fitting)).problems():
             raise ValueError("; ".join(problems))
         if config.num_layers > len(header["tensors"]) or header["tensors"] != (table := tensor_table(config)):
             raise ValueError("other tensors than its settings imply")
@@ -908,133 +884,130 @@ def unpack_artifact(data: bytes) -> tuple[Config, dict[str, Tensor], dict[str, T
             raise ValueError(f"{sum(sizes)} values")
         numbers, widths = [math.prod(shape) if bits == 16 else shape[0] for _, shape, bits in table], row_widths(table)
         stored = np.frombuffer(body, "<f2", sum(numbers), offset)
-        classes = np.frombuffer(body, np.uint8, len(widths), offset + stored.nbytes)
-        offset += stored.nbytes + classes.nbytes
-        of_values, frequencies = np.repeat(classes, widths), np.frombuffer(body, "<u2", 1 << 14, offset)
-        states, coded = np.frombuffer(body, "<u4", offset=offset + frequencies.nbytes), of_values > 0
-        flat = np.zeros(len(coded), np.uint8)
-        flat[coded] = entropy_decode(of_values[coded], frequencies.reshape(64, 256), states, words) ^ 128
+        classes = np.frombuffer(body, np.uint8, len(widths), offset := offset + stored.nbytes)
+        frequencies = np.frombuffer(body, "<u2", 1 << 14, offset := offset + classes.nbytes).reshape(64, 256)
+        states, of_values = np.frombuffer(body, "<u4", -1, offset + frequencies.nbytes), np.repeat(classes, widths)
+        flat, coded = np.zeros(len(of_values), np.uint8), of_values > 0
+        flat[coded] = entropy_decode(of_values[coded], frequencies, states, words) ^ 128
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, struct.error, zstandard.ZstdError) as e:
-        raise UserError(f"artifact is inconsistent ({e}): use the train_gpt.py that wrote it") from e
+        raise UserError(f"artifact is inconsistent ({e}): use the script that wrote it") from e
     parts = torch.tensor(stored).split(numbers)
     stored = {name: part.view(shape if bits == 16 else -1) for (name, shape, bits), part in zip(table, parts)}
     parts = iter(torch.from_numpy(flat.view(np.int8)).split(sizes))
     return config, stored, {name: next(parts).view(shape) for name, shape, bits in table if bits < 16}
 
 def decode_artifact(data: bytes) -> tuple[Config, dict[str, Tensor]]:
-    """Model settings and fp32 weights of an artifact. Raises UserError if anything is off."""
+    """Model settings and fp32 weights; UserError if anything is off."""
     config, stored, values = unpack_artifact(data)
     weights = {name: tensor.float() for name, tensor in stored.items()}
     return config, weights | {name: value * weights[name][:, None] for name, value in values.items()}
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Evaluation: score, then adapt. The split is taken in chunks of C targets, in order. Each is scored with weights that
-# have seen nothing but the artifact and earlier chunks; only then may SGD train on it. So the distribution for a token
-# depends only on the artifact and on tokens before it, is normalised over the vocabulary, and is final before any
-# update that uses it: the challenge's four conditions (openai/parameter-golf issues #402, #677, #1017). The chunks are
-# PR #549's; PR #264 trained on the whole split first and scored text the model had already seen.
+# ------------------------------ Evaluation
+# Score, then adapt. The split is taken in chunks of C targets, in order. Each is scored with weights that have seen
+# nothing but the artifact and earlier chunks; only then may SGD train on it. So the distribution for a token depends
+# only on the artifact and on tokens before it, is normalised over the vocabulary, and is final before any update that
+# uses it: the challenge's four conditions (openai/parameter-golf issues #402, #677, #1017). The chunks are PR #549's;
+# PR #264 trained on the whole split first and scored text the model had already seen.
 
 def sliding_windows(num_targets: int, seq_len: int, stride: int) -> np.ndarray:
-    """Windows that score each of num_targets targets once: int64 [W, 3], in order of their starts.
-    Columns: start (inputs are tokens [start, start + seq_len)), first scored target, end of the scored targets. Target
-    p is token p + 1. The first window scores all its targets, each later one only those from start + seq_len - stride
-    on; it exists if that is below num_targets. The last may be cut. With stride = seq_len nothing overlaps."""
+    """Windows that score each of num_targets targets once, in order: int64 [W, 3] of start (inputs are tokens
+    [start, start + seq_len)), first scored target, end of the scored targets. Target p is token p + 1. The first window
+    scores all its targets, a later one those from start + seq_len - stride on, and exists if that is below
+    num_targets. The last may be cut."""
     starts = np.arange(0, max(num_targets - seq_len + stride, min(num_targets, 1)), stride, dtype=np.int64)
     first = np.where(starts == 0, 0, starts + seq_len - stride)
     return np.stack((starts, first, np.minimum(starts + seq_len, num_targets)), axis=1)
 
 def plan_chunks(num_targets: int, seq_len: int, stride: int, chunk_tokens: int) -> list[np.ndarray]:
-    """The windows of each chunk, in order: every window belongs to the chunk of its *first* scored target.
-    Not its last: what a straddling window scores before the edge would be trained on before it scores it."""
+    """The windows of each chunk, in order: a window belongs to the chunk of its *first* scored target. Not its last:
+    what a straddling window scores before the edge would be trained on before it is scored."""
     windows = sliding_windows(num_targets, seq_len, stride)
     return np.split(windows, np.flatnonzero(np.diff(windows[:, 1] // chunk_tokens)) + 1)
 
 class Evaluator:
-    """Scores the model of a run on the validation tokens, with and without adaptation."""
+    """Scores a run's model on the validation tokens, with and without adaptation."""
     def __init__(self, run: Run, tokens: np.ndarray, token_bytes: TokenBytes):
-        """tokens: the split, integers [more than L]. It is trimmed to whole sequences, as the baseline does."""
-        self.run, self.config, length = run, run.config, run.config.train_seq_len
+        """tokens: the split, integers [more than L], trimmed to whole sequences as the baseline does."""
+        self.run, self.dist, self.config, length = run, run.dist, run.config, run.config.train_seq_len
         self.full_targets = (len(tokens) - 1) // length * length
         self.num_targets = min((self.config.max_val_tokens or len(tokens)) // length * length, self.full_targets)
         tokens = tokens[: self.num_targets + 1]
         self.bytes_before = np.concatenate(([0], np.cumsum(token_bytes.count(tokens))))  # [N + 1]
-        padded = F.pad(torch.from_numpy(tokens.astype(np.int32)), (0, length))  # the last windows read past the end
-        self.tokens = padded.to(run.dist.device)
-        self.offsets = torch.arange(length, device=run.dist.device)
-        per_row = length * run.dist.world_size  # the numbers of rows are fixed, so that each graph compiles once
+        padded = np.pad(tokens.astype(np.int32), (0, length))  # the last windows read past the end
+        self.tokens = torch.from_numpy(padded).to(self.dist.device)
+        self.offsets = torch.arange(length, device=self.dist.device)
+        per_row = length * self.dist.world_size  # the numbers of rows are fixed, so that each graph compiles once
         self.val_rows = max(1, min(self.config.val_batch_size // per_row, -(-self.num_targets // per_row)))
         self.adapt_rows = min(-(-self.config.ttt_chunk_tokens // per_row), self.config.micro_batch_tokens // length)
         self.epochs = self.config.ttt_epochs if self.config.ttt_enabled else 0
 
     def loss_and_bpb(self, nats: np.ndarray) -> tuple[float, float]:
-        """Nats a token, and bits a byte (total nats / ln 2 / total bytes of text), of the first len(nats) targets."""
+        """Nats a token and bits a byte (total nats / ln 2 / total bytes) of the first len(nats) targets."""
         total = float(nats.sum(dtype=np.float64))
         return total / len(nats), total / math.log(2) / int(self.bytes_before[len(nats)])
 
     def gather(self, starts: np.ndarray, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Positions, inputs, targets of the sequences at starts, int64 [rows, L] each; missing rows repeat start 0."""
+        """Positions, inputs, targets of sequences at starts, int64 [rows, L] each; missing rows start at 0."""
         starts = torch.from_numpy(np.pad(starts, (0, rows - len(starts)))).to(self.tokens.device)
         positions = starts[:, None] + self.offsets
         return positions, self.tokens[positions].long(), self.tokens[positions + 1].long()
 
     @torch.no_grad()
     def score(self, windows: np.ndarray, rows: int) -> np.ndarray:
-        """Nats of the targets that consecutive windows (int64 [W, 3] of sliding_windows) score with the current
-        weights: fp32 [targets], on every rank. The ranks share the windows and take `rows` at a time."""
-        dist, begin, count = self.run.dist, int(windows[0, 1]), int(windows[-1, 2] - windows[0, 1])
-        nats = torch.zeros(count + 1, device=dist.device)  # the last slot takes what is context or padding
-        mine = dist.mine(windows)
+        """Nats of the targets that consecutive windows of sliding_windows score with the current weights: fp32
+        [targets], on every rank. The ranks share the windows, `rows` at a time."""
+        begin, count, mine = int(windows[0, 1]), int(windows[-1, 2] - windows[0, 1]), self.dist.mine(windows)
+        nats = torch.zeros(count + 1, device=self.dist.device)  # the last slot takes context and padding
         for batch in (mine[i : i + rows] for i in range(0, len(mine), rows)):
             positions, inputs, targets = self.gather(batch[:, 0], rows)
             nll = self.run.nll(self.run.model, inputs, targets)
-            scored = torch.from_numpy(np.pad(batch[:, 1:], ((0, rows - len(batch)), (0, 0)))).to(dist.device)
+            scored = torch.from_numpy(np.pad(batch[:, 1:], ((0, rows - len(batch)), (0, 0)))).to(nats.device)
             is_scored = (positions >= scored[:, :1]) & (positions < scored[:, 1:])  # padded rows score [0, 0)
             nats.scatter_(0, torch.where(is_scored, positions - begin, count).flatten(), nll.flatten())
-        return dist.sum_(nats[:count]).cpu().numpy()
+        return self.dist.sum_(nats[:count]).cpu().numpy()
 
     def adapt(self, first: int, end: int, optimizer: torch.optim.Optimizer) -> None:
-        """One SGD step on the mean loss of targets [first, end), all of them scored already; the same for any number of
-        ranks and micro-batches, which share the sequences."""
+        """One SGD step on the mean loss of targets [first, end), all scored already; the same for any number of ranks
+        and micro-batches."""
         rows, length = self.adapt_rows, self.config.train_seq_len
-        mine = self.run.dist.mine(np.arange(first, end, length))
+        mine = self.dist.mine(np.arange(first, end, length))
         self.run.grads.flat.zero_()
         for batch in (mine[i : i + rows] for i in range(0, len(mine), rows)):
             positions, inputs, targets = self.gather(batch, rows)
             nll = self.run.nll(self.run.model, inputs, targets) * (positions < end)
             (nll[: len(batch)].sum() / (end - first)).backward()
-        self.run.grads.reduce_and_clip(self.run.dist, self.config.ttt_grad_clip)
+        self.run.grads.reduce_and_clip(self.dist, self.config.ttt_grad_clip)
         optimizer.step()
 
     def warm_up(self, with_validation: bool) -> None:
-        """Runs each graph of the evaluation once, on random tokens; leaves gradients behind, every step zeroes them."""
-        shape = (max(self.config.eval_batch_seqs, self.val_rows, self.adapt_rows), self.config.train_seq_len)
-        start, generator = self.run.dist.now(), torch.Generator().manual_seed(0)
-        tokens = torch.randint(self.config.vocab_size, shape, generator=generator).to(self.run.dist.device)
-        graphs = [(self.config.eval_batch_seqs, False)] + ([(self.val_rows, False)] if with_validation else [])
-        for rows, trains in graphs + ([(self.adapt_rows, True)] if self.epochs else []):
+        """Runs each graph of the evaluation once, on random tokens; leaves gradients behind."""
+        start, length, generator = self.dist.now(), self.config.train_seq_len, torch.Generator().manual_seed(0)
+        graphs = [(self.config.eval_batch_seqs, False)] + with_validation * [(self.val_rows, False)]
+        for rows, trains in graphs + (self.epochs > 0) * [(self.adapt_rows, True)]:
+            tokens = torch.randint(self.config.vocab_size, (rows, length), generator=generator).to(self.dist.device)
             with torch.set_grad_enabled(trains):
-                nll = self.run.nll(self.run.model, tokens[:rows], tokens[:rows])
+                nll = self.run.nll(self.run.model, tokens, tokens)
             if trains:
                 nll.sum().backward()
-        self.run.dist.sum_(torch.zeros(1, device=self.run.dist.device))  # opens the communicators
-        self.warm_up_s = self.run.dist.now() - start  # part of the evaluation's time, wherever it happens
+        self.dist.sum_(torch.zeros(1, device=self.dist.device))  # opens the communicators
+        self.warm_up_s = self.dist.now() - start  # part of the evaluation's time, wherever it happens
 
     def score_then_adapt(self, epochs: int, start: float) -> tuple[np.ndarray, int]:
-        """The pass over the split: score a chunk, then take `epochs` SGD steps on it, then go to the next.
-        Returns nats fp32 [N] and the number of chunks adapted on; leaves the model adapted. The last chunk is never
-        trained, nothing is left to score. Scoring is never cut; adaptation stops for good when one more of it and the
-        rest of the scoring would end later than EVAL_MAX_SECONDS after start, projected once one-off costs are past."""
+        """The pass over the split: score a chunk, take `epochs` SGD steps on it, go to the next. Returns nats fp32 [N]
+        and the number of chunks adapted on; leaves the model adapted. The last chunk is not trained: nothing is left to
+        score. Scoring is never cut; adaptation stops for good when one more and the rest of the scoring are projected,
+        once one-off costs are past, to end later than EVAL_MAX_SECONDS after start."""
         config, log, size = self.config, self.run.log, self.config.ttt_chunk_tokens
         chunks = plan_chunks(self.num_targets, config.train_seq_len, config.eval_stride, size)
         last_of_split = max(1, -(-self.full_targets // size) - 1)  # also for a prefix, whose scores must be the same
         sgd = torch.optim.SGD(self.run.model.parameters(), lr=config.ttt_lr, momentum=config.ttt_momentum)
-        nats, total, adapting = np.zeros(self.num_targets, np.float32), 0.0, epochs > 0
-        scored, score_s, adapt_s, last = 0, [], [], self.run.dist.now() - start
+        nats, scored, total, adapting = np.zeros(self.num_targets, np.float32), 0, 0.0, epochs > 0
+        score_s, adapt_s, last = [], [], self.dist.now() - start
         for index, windows in enumerate(chunks):
             begin, end = int(windows[0, 1]), int(windows[-1, 2])
             assert begin == scored  # each target once, in order
             nats[begin:end] = self.score(windows, config.eval_batch_seqs)
-            scored, now, left = end, self.run.dist.now() - start, len(chunks) - index - 1
+            scored, now, left = end, self.dist.now() - start, len(chunks) - index - 1
             score_s.append(now - last)
             total += float(nats[begin:end].sum(dtype=np.float64))
             bpb = total / math.log(2) / int(self.bytes_before[end])
@@ -1047,26 +1020,25 @@ class Evaluator:
                     f"TTT_MAX_CHUNKS={index} EVAL_MAX_SECONDS=0", event="adapt_stop", chunk=index)
                 adapting = False
             if adapting:
-                train_first, train_end = index * size, (index + 1) * size  # all scored, since windows are left
+                first, end = index * size, (index + 1) * size  # all scored, since windows are left
                 sgd.param_groups[0]["lr"] = lr = config.ttt_lr * (1 + math.cos(math.pi * index / last_of_split)) / 2
                 for _ in range(epochs):
-                    self.adapt(train_first, train_end, sgd)
-                last = self.run.dist.now() - start
+                    self.adapt(first, end, sgd)
+                last = self.dist.now() - start
                 adapt_s.append(last - now)
-                log(event="adapt", chunk=index, first=train_first, end=train_end, lr=lr, seconds=adapt_s[-1])
+                log(event="adapt", chunk=index, first=first, end=end, lr=lr, seconds=adapt_s[-1])
         return nats, len(adapt_s)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Main
+# ------------------------------ Main
 
 def load_artifact(path: str | Path, dist: Dist) -> tuple[Config, dict[str, Tensor]]:
-    """Reads an artifact from rank 0's disk, on all ranks."""
+    """Of rank 0's disk, on all ranks."""
     if dist.is_master and not Path(path).is_file():
-        raise UserError(f"ARTIFACT={path}: no such file, give the artifact.bin of a finished run")
+        raise UserError(f"ARTIFACT={path}: no such file, give a finished run's artifact.bin")
     return decode_artifact(dist.from_master(Path(path).read_bytes() if dist.is_master else b""))
 
 def settle(config: Config, dist: Dist) -> Config:
-    """The configuration with every automatic choice made, for this machine and world size."""
+    """Makes every automatic choice, for this machine and world size."""
     on_gpu, length = dist.device.type == "cuda", config.train_seq_len
     if (seqs := config.train_batch_tokens // length) % dist.world_size:
         raise UserError(f"{dist.world_size} ranks cannot share {seqs} sequences (TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN)")
@@ -1076,22 +1048,22 @@ def settle(config: Config, dist: Dist) -> Config:
     fitting = (98_304 if on_gpu else 4096) // length  # sequences; for a GPU's memory, a CPU's cache
     micro = length * (wanted or max(n for n in range(1, per_rank + 1) if per_rank % n == 0 and n <= max(fitting, 1)))
     if (dtype := config.compute_dtype) == "auto":  # bf16: twice as fast on CPUs with AMX, far slower without AVX-512
-        squares = [torch.ones(256, 256, dtype=each) for each in DTYPES.values()]  # bfloat16, float32
-        seconds = [min(timeit.repeat(lambda x=x: x @ x, number=1)) for x in squares]
-        dtype = "bfloat16" if on_gpu or dist.from_master(1.5 * seconds[0] < seconds[1]) else "float32"
+        squares = [torch.ones(256, 256, dtype=each) for each in DTYPES.values()]
+        bf16_s, fp32_s = (min(timeit.repeat(lambda x=x: x @ x, number=1)) for x in squares)
+        dtype = "bfloat16" if on_gpu or dist.from_master(1.5 * bf16_s < fp32_s) else "float32"
     compiled = str(int(on_gpu)) if config.compile == "auto" else config.compile  # on two CPU cores: 165 s for no gain
     return replace(config, device=dist.device.type, compute_dtype=dtype, compile=compiled, micro_batch_tokens=micro)
 
 def describe(log: Log, config: Config, dist: Dist, code: bytes) -> None:
-    """Opens the log with all that is needed to repeat the run: source, versions, hardware, settings."""
+    """Logs what it takes to repeat the run: source, versions, hardware, settings."""
     if log.folder:
         (log.folder / "train_gpt.py").write_bytes(code)
         for name in ["submission.json"] + ([] if config.artifact else ["artifact.bin"]):
             (log.folder / name).unlink(missing_ok=True)  # of an earlier run of this RUN_ID
     log(code.decode(), console=False)
     hardware = torch.cuda.get_device_name() if dist.device.type == "cuda" else os.uname().machine
-    versions = dict(python=sys.version.split()[0], torch=torch.__version__, cuda=torch.version.cuda,
-                    numpy=np.__version__, sentencepiece=spm.__version__, zstandard=zstandard.__version__)
+    versions = {module.__name__: module.__version__ for module in (torch, np, spm, zstandard)}
+    versions |= dict(python=sys.version.split()[0], cuda=torch.version.cuda)
     log(f"world_size:{dist.world_size} device:{hardware} cpu_threads:{torch.get_num_threads()} {versions}",
         event="start", world_size=dist.world_size, hardware=hardware, versions=versions, settings=vars(config))
     for name, value in vars(config).items():  # on the console only what is not the default
@@ -1110,7 +1082,7 @@ def build_run(config: Config, dist: Dist, log: Log) -> Run:
     return run
 
 def train_and_store(run: Run, stream: TokenStream, optimizers: list, evaluator: Evaluator, code: bytes) -> Path:
-    """Trains, averages and writes the artifact; returns its path (on rank 0)."""
+    """Trains, averages, writes the artifact; returns its path (on rank 0)."""
     def validate(title: str, **record) -> None:
         start = time.perf_counter()
         side_by_side = sliding_windows(evaluator.num_targets, run.config.train_seq_len, stride=run.config.train_seq_len)
@@ -1124,22 +1096,21 @@ def train_and_store(run: Run, stream: TokenStream, optimizers: list, evaluator: 
     run.log(f"weights_sha256 after training, by rank: {run.dist.weight_digests(run.model)}")
     start, limit, left = run.dist.now(), run.config.max_artifact_bytes, run.config.max_wallclock_seconds or math.inf
     moments = error_moments(run, stream, progress["step"], seconds=left - progress["train_s"])
-    moments_s = run.dist.now() - start
+    moments_s, encode_start = run.dist.now() - start, time.perf_counter()
     data = encode_artifact(run.model.state_dict(), run.config, moments=moments, limit=limit - len(code), dist=run.dist)
-    seconds = run.dist.now() - start - moments_s
     if not run.dist.is_master:
         return Path()  # evaluate_artifact reads rank 0's file
     path = run.log.folder / "artifact.bin"
     path.with_suffix(".part").write_bytes(data)
     path.with_suffix(".part").replace(path)  # a file of the final name is always whole
-    total, warning = len(data) + len(code), "" if len(data) + len(code) < limit else " TOO LARGE, cannot be submitted"
+    warning = "" if (total := len(data) + len(code)) < limit else " TOO LARGE, cannot be submitted"
     run.log(f"artifact_bytes:{len(data)} code_bytes:{len(code)} total_bytes:{total} limit_bytes:{limit}{warning}",
-            event="artifact", artifact_bytes=len(data), code_bytes=len(code), seconds=seconds,
-            moments_s=moments_s)
+            event="artifact", artifact_bytes=len(data), code_bytes=len(code), moments_s=moments_s,
+            seconds=time.perf_counter() - encode_start)
     return path
 
 def evaluate_artifact(run: Run, path: str | Path, evaluator: Evaluator) -> None:
-    """Scores the artifact on disk: the submitted pass first, then, if asked for, the plain pass as a diagnostic."""
+    """Scores the artifact on disk: the submitted pass, then, if asked for, the plain one."""
     config, log = run.config, run.log
     for label in ["final_ttt_exact"] + (["final_quantized_exact"] if config.eval_plain else []):
         submitted = label == "final_ttt_exact"
@@ -1162,7 +1133,7 @@ def evaluate_artifact(run: Run, path: str | Path, evaluator: Evaluator) -> None:
                 np.save(config.val_nll_path, nats)
 
 def main() -> None:
-    """A run from settings to score: check everything, warm up, train and store (unless ARTIFACT is set), evaluate."""
+    """Check everything, warm up, train and store (unless ARTIFACT is set), evaluate."""
     code = Path(__file__).read_bytes()
     config = Config.from_env(os.environ)
     dist = Dist(config.device, os.environ)
