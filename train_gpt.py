@@ -73,7 +73,7 @@ class Config:
     train_log_every: int = 50
     # Optimiser
     matrix_lr: float = 0.02  # Muon: matrices of the blocks, bigram projection
-    scalar_lr: float = 0.02  # AdamW: all that is no matrix or table
+    scalar_lr: float = 0.02  # AdamW: all but matrices and tables
     tied_embed_lr: float = 0.03  # AdamW: token and bigram tables
     muon_momentum: float = 0.99
     muon_momentum_warmup_start: float = 0.92
@@ -87,7 +87,7 @@ class Config:
     swa_every: int = 50
     # Artifact
     embed_bits: int = 6  # token and bigram tables: 6, 8, or 16 for fp16
-    gptq_batches: int = 16  # of training, in its time, that tell what errors cost; 0: plain rounding
+    gptq_batches: int = 16  # training steps' worth, in training time, to weigh errors; 0: no GPTQ
     max_artifact_bytes: int = 16_000_000  # of artifact + script
     # Evaluation (ttt: test-time training, the adaptation)
     artifact: str = ""  # evaluate this instead of training
@@ -124,7 +124,7 @@ class Config:
             elif near := next((setting for setting in known if within_edits(name, setting, 2)), None):
                 problems.append(f"{name}={text!r} is no setting, did you mean {near}? (else unset it)")
         config = cls(**values)
-        if problems := problems + ([] if config.artifact else config.problems()):  # main checks it whole
+        if problems := problems + ([] if config.artifact else config.problems()):  # else main does
             raise UserError("; ".join(problems))
         return config
 
@@ -148,7 +148,7 @@ class Config:
                 ("bigram_vocab_size", self.bigram_vocab_size >= 2, "must be at least 2"),
                 ("eval_stride", length % self.eval_stride == 0, f"must divide TRAIN_SEQ_LEN={length}"),
                 ("max_val_tokens", not 0 < self.max_val_tokens < length, f"must be 0 or at least {length}, a sequence"),
-                ("run_id", re.fullmatch(r"(\w[\w.+-]*)?", self.run_id), "must be letters, digits, _ . + -"),
+                ("run_id", re.fullmatch(r"(\w[\w.+-]*)?", self.run_id), "needs letters, digits, _ . + -; no .+- first"),
                 ("val_nll_path", not nll.name or nll.suffix == ".npy" and nll.parent.is_dir(), "needs .npy, a folder"),
             ]
         return [f"{name.upper()}={getattr(self, name)}: {rule}" for name, holds, rule in rules if not holds]
@@ -186,7 +186,7 @@ class Dist:
             torch.cuda.set_device(self.device)
         elif local_size > 1:  # torchrun sets OMP_NUM_THREADS=1, which leaves cores idle
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-        if self.world_size > 1:  # gloo beside nccl: what hosts decide stays between hosts
+        if self.world_size > 1:  # gloo beside nccl: what hosts decide bypasses the GPUs
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
 
     def mine(self, items):
@@ -222,7 +222,7 @@ class Dist:
         return " ".join(digests)
 
 class Log:
-    """Lines for people (console, train.log), records for programs (metrics.jsonl); without a folder, nothing."""
+    """Lines for people (console, train.log), records for programs (metrics.jsonl), if there is a folder."""
     def __init__(self, folder: Path | None):
         self.folder, self.start = folder, time.perf_counter()
         if folder:
@@ -251,8 +251,8 @@ def open_shard(path: Path, vocab_size: int) -> np.ndarray:
     header, size = np.fromfile(path, "<i4", SHARD_HEADER_INTS), path.stat().st_size
     whole = len(header) == SHARD_HEADER_INTS and header[2] > 0 and size == header.nbytes + 2 * int(header[2])
     if not whole or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise UserError(f"{path}: {size} bytes, header {header[:3].tolist()} where a whole shard has {SHARD_MAGIC}, "
-                        f"{SHARD_VERSION}, (bytes - 1024) / 2: delete it and {GET_DATA}")
+        raise UserError(f"{path}: {size} bytes, header {header[:3].tolist()}, not {SHARD_MAGIC}, "
+                        f"{SHARD_VERSION}, tokens = (bytes - 1024) / 2: delete it and {GET_DATA}")
     tokens = np.memmap(path, "<u2", "r", header.nbytes)
     check_ids(tokens[: 1 << 24], vocab_size, path)
     return tokens
@@ -329,7 +329,7 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 class Linear(nn.Linear):
-    """y = x W^T, the fp32 master weight cast to the input's dtype; made with bias=False."""
+    """y = x W^T, the fp32 master weight cast to the input's dtype."""
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
@@ -351,7 +351,7 @@ class BigramHash(nn.Module):
         return self.proj(self.embed(self.hash(tokens)).to(dtype)) * self.scale.to(dtype)
 
 class SmearGate(nn.Module):
-    """Blends each position with the one before, by a learned share a dimension (modded-nanogpt; PR #264)."""
+    """Blends each position with the one before, by a learned share per dimension (modded-nanogpt; PR #264)."""
     def __init__(self, dim: int):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(dim))  # sigmoid(0): half and half
@@ -427,8 +427,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Orthogonal matrices (arXiv:1312.6120), zero output projections, small embeddings; the rest as declared above.
-        PR #264's 1/sqrt(2 * layers) was meant for output projections. Those start at zero, so it only ever reached the
-        bigram projection, which must not: it and its table would never move."""
+        PR #264's 1/sqrt(2 * layers) was meant for output projections. Those start at zero, so it only reached the
+        bigram projection. That must not be zero: it and its table would never move."""
         nn.init.normal_(self.tok_emb.weight, std=0.005)
         nn.init.zeros_(self.bigram.embed.weight)
         nn.init.orthogonal_(self.bigram.proj.weight, gain=1 / math.sqrt(2 * self.config.num_layers))
@@ -457,7 +457,7 @@ def token_nll(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
 
 # ------------------------------ Optimiser
 # Muon for the matrices inside the model, AdamW for embeddings and everything per-dimension. Each rank has
-# its own sequences' gradient; ranks add up once a step, in one buffer.
+# its own sequences' gradient; these add up once a step, in one buffer.
 
 class FlatGradients:
     """One buffer for all gradients; each .grad is a view of it, which zero_grad() would drop."""
@@ -468,7 +468,7 @@ class FlatGradients:
             parameter.grad = view.view_as(parameter)
 
     def reduce_and_clip(self, dist: Dist, max_norm: float) -> None:
-        """Sums over ranks, then scales the whole gradient to a norm of at most max_norm (0: no limit)."""
+        """Sums over ranks, then scales all to a norm of at most max_norm (0: no limit)."""
         dist.sum_(self.flat)
         if max_norm > 0:
             self.flat.mul_((max_norm / (self.flat.norm() + 1e-6)).clamp(max=1.0))
@@ -541,7 +541,7 @@ def build_optimizers(model: GPT, config: Config, dist: Dist) -> list[torch.optim
 WARMDOWN_MAX_SHARE, MOMENTUM_WARMUP_MAX_SHARE = 0.58, 0.29
 
 def lr_factor(step: int, elapsed_s: float, config: Config) -> float:
-    """Share of the base learning rates, 0 to 1: constant, then linear to zero at the end of the nearest budget."""
+    """Share of the base learning rates: 1, then linear to zero at the end of the nearest budget."""
     factor, step_s = 1.0, elapsed_s / max(step, 1)
     for done, budget, per_step in ((step, config.iterations, 1), (elapsed_s, config.max_wallclock_seconds, step_s)):
         if budget > 0:
@@ -550,7 +550,7 @@ def lr_factor(step: int, elapsed_s: float, config: Config) -> float:
     return max(factor, 0.0)
 
 def muon_momentum(step: int, elapsed_s: float, config: Config) -> float:
-    """Muon's momentum: linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM, then constant."""
+    """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM, then constant."""
     progress = step / max(config.muon_momentum_warmup_steps, 1e-9)
     for done, budget in ((step, config.iterations), (elapsed_s, config.max_wallclock_seconds)):
         if budget > 0:
@@ -569,7 +569,7 @@ class Run:
     model: GPT
     nll: Callable[[GPT, Tensor, Tensor], Tensor]  # token_nll, compiled or not
     grads: FlatGradients
-    moments_s: float = 0.0  # of the training time, what error_moments takes
+    reserve_s: float = 0.0  # training time kept for error_moments
 
 def train_step(run: Run, stream: TokenStream, optimizers: list, step: int, factor: float, momentum: float) -> Tensor:
     """One optimiser step, all learning rates times factor. Returns this rank's part of the mean loss, fp32 []."""
@@ -592,7 +592,7 @@ def train(run: Run, stream: TokenStream, optimizers: list, validate: Callable[..
     """Trains until steps or seconds are used up; returns the average of the weights and how far it came. Validation is
     not training time. No step starts that would end late if it took the longest of the last ten."""
     limit, average = run.config.max_wallclock_seconds, WeightAverage(run.model)
-    limit = max(limit - run.moments_s, 0.01) if limit else 0.0
+    limit = max(limit - run.reserve_s, 0.01) if limit else 0.0
     config = replace(run.config, max_wallclock_seconds=limit)
     step, elapsed, durations, start = 0, 0.0, [0.0], run.dist.now()  # start moves on by what is not training
     while step < config.iterations and not 0 < limit < elapsed + max(durations[-10:]):
@@ -616,9 +616,9 @@ def train(run: Run, stream: TokenStream, optimizers: list, validate: Callable[..
     return average, progress
 
 def warm_up(run: Run, stream: TokenStream | None, optimizers: list, evaluator: Evaluator) -> None:
-    """Compiles and tunes all that the run will execute, then restores weights and optimiser state bit for bit. Training
-    steps run on training tokens (none without a stream, for ARTIFACT=...), scoring and adapting on random ones: no
-    validation token is seen. The position in the data is a function of the step, nothing to restore."""
+    """Compiles and tunes all that the run will execute, times error_moments, then restores weights and optimiser state
+    bit for bit. Training steps run on training tokens (none without a stream, for ARTIFACT=...), scoring and adapting
+    on random ones: no validation token is seen. The position in the data is a function of the step."""
     saved = [parameter.detach().clone() for parameter in run.model.parameters()]
     for step in range(run.config.warmup_steps if stream else 0):
         train_step(run, stream, optimizers, step, 1.0, run.config.muon_momentum_warmup_start)
@@ -626,8 +626,7 @@ def warm_up(run: Run, stream: TokenStream | None, optimizers: list, evaluator: E
     if stream:
         start = run.dist.now()
         error_moments(run, stream, first_step=0)
-        run.moments_s = 1.1 * (run.dist.now() - start)
-        run.log(f"training ends {run.moments_s:.1f}s early, for what GPTQ needs")
+        run.reserve_s = 1.1 * (run.dist.now() - start)
     evaluator.warm_up(with_validation=stream is not None)
     with torch.no_grad():
         torch._foreach_copy_(list(run.model.parameters()), saved)
@@ -656,8 +655,8 @@ class WeightAverage:
 
 # ------------------------------ Artifact
 # A file that needs only this script and the tokenizer: magic and version; SHA-256 of the rest; size (uint32) and zstd
-# frame of a JSON header (model settings, table of tensors), the matrices' steps, small tensors and what the entropy
-# coder needs; the matrices' values, int5 (MLP) or int6, entropy-coded. Nothing in it is executed, no pickle.
+# frame of a JSON header (model settings, table of tensors), fp16 tensors and steps of matrices, and what the entropy
+# coder needs; the matrices' values, entropy-coded. Tables are matrices here. Nothing in it is executed, no pickle.
 ARTIFACT_MAGIC = b"PGOLFGPT\x02"
 MAX_STORED_VALUES = 2**27  # a bit each in 16 MB: a damaged file cannot ask for all memory
 MODEL_SETTINGS = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult bigram_vocab_size bigram_dim
@@ -667,7 +666,7 @@ FIT_SLACK = 10_000  # bytes under the limit that may stay unused
 CODER_BITS = 14  # precision of the coder's frequencies
 
 def tensor_table(config: Config) -> list[list]:
-    """[name, shape, bits of a weight] of each tensor, in order; vectors and scalars are fp16. Nothing is allocated."""
+    """[name, shape, bits of a weight] of each tensor, in order; 16: fp16, no matrix here. Nothing is allocated."""
     with torch.device("meta"):
         shapes = {name: list(p.shape) for name, p in GPT(config).named_parameters()}
     bits = {name: 16 if not name.endswith(".weight") else 5 if ".mlp." in name else 6 for name in shapes}
@@ -676,13 +675,13 @@ def tensor_table(config: Config) -> list[list]:
 
 def error_moments(run: Run, stream: TokenStream, first_step: int, seconds: float = math.inf) -> dict:
     """What errors in a matrix cost: {name: (G^T G [cols, cols], sums of G^2 by row [rows])}, G the loss gradients of
-    micro-batches of GPTQ_BATCHES steps, or of as many as fit into seconds; fp32, the same on all ranks. It is the
-    Fisher information, Kronecker-factored (K-FAC, arXiv:1503.05671); X^T X, as GPTQ is published, does not say how much
-    each output matters and does not exist for tables."""
+    micro-batches of GPTQ_BATCHES steps, or of what fits into seconds; fp32, the same on all ranks. G^T G is Shampoo's
+    factor (arXiv:1802.09568): X^T X weighed by how much each token's output matters. Published GPTQ has X^T X, which
+    does not say that and needs hooks."""
     matrices = {name: p for name, p in run.model.named_parameters() if name.endswith(".weight")}
     moments = {name: (p.new_zeros(p.size(1), p.size(1)), p.new_zeros(p.size(0))) for name, p in matrices.items()}
     start, elapsed, batches = run.dist.now(), 0.0, 0
-    while batches < run.config.gptq_batches and elapsed / max(batches, 1) * (batches + 1) <= seconds:
+    while batches < run.config.gptq_batches and elapsed / max(batches, 1) * (batches + 1) < seconds:
         for inputs, targets in stream.micro_batches(first_step + batches, run.dist):
             run.grads.flat.zero_()
             run.nll(run.model, inputs, targets).sum().backward()
@@ -690,23 +689,24 @@ def error_moments(run: Run, stream: TokenStream, first_step: int, seconds: float
                 moment.addmm_(matrices[name].grad.T, matrices[name].grad)
                 power.add_(matrices[name].grad.square().sum(1))
         elapsed, batches = run.dist.now() - start, batches + 1
-    for moment, power in moments.values():
-        run.dist.sum_(moment), run.dist.sum_(power)
-    return moments if batches else {}
+    for tensor in sum(moments.values(), ()):
+        run.dist.sum_(tensor)
+    run.log(f"moments:{batches}_batches time:{1000 * elapsed:.0f}ms", event="moments", batches=batches, seconds=elapsed)
+    return moments if batches and all(power.isfinite().all() for _, power in moments.values()) else {}
 
 def quantize(matrix: Tensor, steps: Tensor, bits: int, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Rounds fp32 [rows, cols] to whole numbers of steps, from -2**(bits-1) to 2**(bits-1) - 1: int8, and steps fp16
     [rows], 0 for zeros. Each row takes the one of its steps [choices, rows] of least error e: e^T moment e, or e^T e.
     With a moment, columns not yet rounded make up for what rounding the others costs (GPTQ, arXiv:2210.17323: damped
-    by 1 % of the mean, descending activation order, blocks of 128). Choosing pays where few columns cost most, as in
-    the tied embedding: some step nearly hits them."""
+    by 1 % of the mean, descending diagonal, blocks of 128). Choosing pays where few columns cost most, as in
+    the tied embedding: some step nearly divides their weights."""
     lowest, highest, order, inverse = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, torch.arange(matrix.size(1)), None
     if moment is not None:
         by_power = moment.diagonal().argsort(descending=True)
         damping = 0.01 * moment.diagonal().mean() * torch.eye(len(order), device=moment.device)
         lower, failed = torch.linalg.cholesky_ex(moment[by_power][:, by_power] + damping)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)  # U^T U = moment^-1
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)  # U^T U = inverse
         if not failed and torch.isfinite(upper).all():  # else beyond repair by damping: never lose a run over it
             order, inverse = by_power, upper
     steps = steps.clamp(max=65504).half().float()
@@ -725,7 +725,7 @@ def quantize(matrix: Tensor, steps: Tensor, bits: int, moment: Tensor | None = N
             rest[start + 128 :] -= inverse[start : start + 128, start + 128 :].T @ errors
         error += errors.square_().sum(0)
     best, rows = error.view_as(steps).argmin(0), torch.arange(len(matrix), device=matrix.device)
-    values = values.view(-1, *steps.shape)[order.argsort()][:, best, rows].T.contiguous()
+    values = values.view(-1, *steps.shape)[:, best, rows][order.argsort()].T.contiguous()
     return values, steps[best, rows].half() * values.any(1)
 
 def encode_artifact(state_dict: Mapping[str, Tensor], config: Config, *, moments: Mapping[str, tuple] = {},
@@ -737,20 +737,21 @@ def encode_artifact(state_dict: Mapping[str, Tensor], config: Config, *, moments
     for name, _, bits in table:
         if not torch.isfinite(tensors[name].half() if bits == 16 else tensors[name]).all():
             raise UserError(f"weights of {name} are not finite: training diverged, lower the learning rates")
-    bits_of, rows = {name: bits for name, _, bits in table if bits < 16}, {}
-    for name, bits in bits_of.items():
+    rows = {}  # by matrix: largest weight, the step that just reaches it, mean square, cost of an error; bits
+    for name, bits in ((name, bits) for name, _, bits in table if bits < 16):
         largest, square = tensors[name].abs().amax(1), tensors[name].square().mean(1)
         finest = largest / (2 ** (bits - 1) - 1)  # PR #264 floored it at 1/127, too coarse for small rows
         cost = finest**-2
         if moments:  # the matrix's mean besides the row's own, for what the batches did not show
             cost = (moments[name][1] + moments[name][1].mean()) / tensors[name].size(1)
-        rows[name] = largest, finest, square, cost
+        rows[name] = largest, finest, square, cost, bits
 
-    def first_guess(name: str, price: int) -> Tensor:  # steps at which a bit more saves errors worth its price
-        largest, finest, _, cost = rows[name]
-        return torch.fmax(finest, (2 ** (price / 1024 - 100) / cost).sqrt()).minimum(3 * largest)  # there, all are zero
+    def first_guess(name: str, price: int) -> Tensor:  # step**2 = 2**(price / 1024 - 100) / cost: bits pay alike
+        largest, finest, _, cost, _ = rows[name]
+        step = (2 ** (price / 1024 - 100) * (price > 0) / cost).sqrt()  # fmax: nan where price and cost are 0
+        return torch.fmax(finest, step).minimum(3 * largest)  # there, nearest is zero
 
-    def predict(price: int) -> float:  # bytes: the entropy of Gaussians with a rounding error of 1/12
+    def predict(price: int) -> float:  # bytes, log2(1 + power / rounding's 1/12) / 2 bits a value; ranks must agree
         ratios = {name: (rows[name][2] / first_guess(name, price) ** 2).nan_to_num(0, 0) for name in rows}
         return dist.from_master(sum(tensors[name].size(1) / 16 * (1 + 12 * ratio).log2().sum().item()
                                     for name, ratio in ratios.items()))
@@ -762,7 +763,7 @@ def encode_artifact(state_dict: Mapping[str, Tensor], config: Config, *, moments
             values[name], stored[name] = torch.zeros_like(w, dtype=torch.int8), torch.zeros_like(guess).half()
             if name in dist.mine(list(rows)):
                 steps = torch.linspace(0.85, 1.15, STEP_CHOICES, device=w.device)[:, None] * guess
-                values[name], stored[name] = quantize(w, steps, bits_of[name], moments[name][0] if moments else None)
+                values[name], stored[name] = quantize(w, steps, rows[name][4], moments[name][0] if moments else None)
         for name in rows:
             dist.sum_(values[name])
             dist.sum_(stored[name])
@@ -771,9 +772,9 @@ def encode_artifact(state_dict: Mapping[str, Tensor], config: Config, *, moments
     return largest_below(limit, make, predict)
 
 def largest_below(limit: int | None, make: Callable[[int], bytes], predict: Callable[[int], float]) -> bytes:
-    """make(0) if that is shorter than limit, else the longest found of make(price) that is, within FIT_SLACK of it if
-    such is found; prices up to 200 * 1024 cost quality. predict(price), about the length, falls with the price: it
-    proposes the next, between the last too low and the last high enough. If none is: the shortest there is."""
+    """make(0) if shorter than limit, else the longest make(price) found that is, if possible within FIT_SLACK of it. A
+    higher price, up to 200 * 1024, trades quality for bytes. predict(price), about the length, proposes the next one
+    between the last too low and the last high enough. If none is high enough: make of the highest."""
     price, data, best, low, high, tries = 0, make(0), b"", 0, 200 * 1024, 0
     if limit is None or len(data) < limit:
         return data
@@ -791,7 +792,7 @@ def largest_below(limit: int | None, make: Callable[[int], bytes], predict: Call
 def symbol_frequencies(symbols: np.ndarray) -> np.ndarray:
     """uint16 symbols [n], 256 * class + byte -> uint16 [64, 256]: in proportion to the counts within each class, in sum
     2**CODER_BITS; no byte that occurs has 0."""
-    counts = np.bincount(symbols, minlength=1 << 14).reshape(64, 256)
+    counts = np.bincount(symbols, minlength=64 * 256).reshape(64, 256)
     total, spare = counts.sum(1, keepdims=True), 2**CODER_BITS - np.count_nonzero(counts, axis=1)[:, None]
     frequencies = (counts > 0) + counts * spare // np.maximum(total, 1)
     frequencies[np.arange(64), counts.argmax(1)] += 2**CODER_BITS - frequencies.sum(1)
@@ -817,9 +818,9 @@ def entropy_encode(symbols: np.ndarray, frequencies: np.ndarray) -> tuple[np.nda
 def entropy_decode(classes: np.ndarray, frequencies: np.ndarray, states: np.ndarray, words: np.ndarray) -> np.ndarray:
     """Bytes (uint8) of the symbols, given their classes; ValueError for what entropy_encode did not make."""
     if (frequencies.sum(1) != 2**CODER_BITS).any() or classes.max(initial=0) > 63:
-        raise ValueError("symbol frequencies that do not add up")
+        raise ValueError("classes or frequencies that cannot be")
     frequency = frequencies.ravel().astype(np.uint32)
-    symbol = np.repeat(np.arange(1 << 14, dtype=np.uint16), frequency)  # of each slot, 2**CODER_BITS a class
+    symbol = np.repeat(np.arange(64 * 256, dtype=np.uint16), frequency)  # of each slot, 2**CODER_BITS a class
     rest = (np.arange(len(symbol)) - (np.cumsum(frequency) - frequency)[symbol]).astype(np.uint32)
     first_slot = classes.astype(np.uint32) << CODER_BITS
     decoded, states, position = np.empty(len(classes), np.uint8), states.astype(np.uint32), 0
@@ -829,23 +830,23 @@ def entropy_decode(classes: np.ndarray, frequencies: np.ndarray, states: np.ndar
         decoded[start : start + len(state)] = symbol[slot]  # its lower byte
         state[:] = frequency[symbol[slot]] * (state >> CODER_BITS) + rest[slot]
         low = np.flatnonzero(state < 2**16)
-        state[low] = state[low] << 16 | words[position : position + len(low)]  # fails if words run out
+        state[low] = state[low] << 16 | words[position : position + len(low)]  # if too few: see below
         position += len(low)
     if position != len(words) or (states != 2**16).any():
         raise ValueError("entropy-coded values that do not come out even")
     return decoded
 
 def pack_artifact(config: Config, stored: dict[str, Tensor], values: dict[str, Tensor]) -> bytes:
-    """The file of the matrices' int8 values and, stored, fp16 steps of their rows and the whole of other tensors."""
+    """The file. values: int8, of each matrix; stored: fp16, its steps by row, or the whole of another tensor."""
     table = tensor_table(config)
     header = json.dumps(dict(config={name: getattr(config, name) for name in MODEL_SETTINGS}, tensors=table)).encode()
     flat, widths = np.concatenate([value.cpu().numpy().ravel() for value in values.values()]), row_widths(table)
-    # Rows whose root mean square lies in one quarter of an octave are distributed alike, in any matrix: a class, which
-    # has one table of frequencies. Class 0 is rows of zeros, not coded.
+    # Rows whose root mean square lies in one quarter of an octave are distributed alike: a class, with a table of
+    # frequencies. Class 0 is rows of zeros, not coded.
     power = np.add.reduceat(np.square(flat, dtype=np.int32), np.cumsum(widths) - widths) / widths
     classes = np.clip(np.round(2 * np.log2(np.maximum(power, 1e-9))) + 32, power > 0, 63).astype(np.uint8)
     of_values = np.repeat(classes, widths)
-    symbols = (of_values.astype(np.uint16) << 8 | flat.view(np.uint8) ^ 128)[of_values > 0]
+    symbols = (of_values.astype(np.uint16) << 8 | flat.view(np.uint8))[of_values > 0]
     frequencies = symbol_frequencies(symbols)
     states, words = entropy_encode(symbols, frequencies)
     arrays = (*(stored[name].cpu().numpy() for name, _, _ in table), classes, frequencies, states)
@@ -885,10 +886,10 @@ def unpack_artifact(data: bytes) -> tuple[Config, dict[str, Tensor], dict[str, T
         numbers, widths = [math.prod(shape) if bits == 16 else shape[0] for _, shape, bits in table], row_widths(table)
         stored = np.frombuffer(body, "<f2", sum(numbers), offset)
         classes = np.frombuffer(body, np.uint8, len(widths), offset := offset + stored.nbytes)
-        frequencies = np.frombuffer(body, "<u2", 1 << 14, offset := offset + classes.nbytes).reshape(64, 256)
+        frequencies = np.frombuffer(body, "<u2", 64 * 256, offset := offset + classes.nbytes).reshape(64, 256)
         states, of_values = np.frombuffer(body, "<u4", -1, offset + frequencies.nbytes), np.repeat(classes, widths)
         flat, coded = np.zeros(len(of_values), np.uint8), of_values > 0
-        flat[coded] = entropy_decode(of_values[coded], frequencies, states, words) ^ 128
+        flat[coded] = entropy_decode(of_values[coded], frequencies, states, words)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, struct.error, zstandard.ZstdError) as e:
         raise UserError(f"artifact is inconsistent ({e}): use the script that wrote it") from e
     parts = torch.tensor(stored).split(numbers)
@@ -1032,13 +1033,13 @@ class Evaluator:
 # ------------------------------ Main
 
 def load_artifact(path: str | Path, dist: Dist) -> tuple[Config, dict[str, Tensor]]:
-    """Of rank 0's disk, on all ranks."""
+    """decode_artifact of rank 0's file, on all ranks."""
     if dist.is_master and not Path(path).is_file():
         raise UserError(f"ARTIFACT={path}: no such file, give a finished run's artifact.bin")
     return decode_artifact(dist.from_master(Path(path).read_bytes() if dist.is_master else b""))
 
 def settle(config: Config, dist: Dist) -> Config:
-    """Makes every automatic choice, for this machine and world size."""
+    """Makes the automatic choices."""
     on_gpu, length = dist.device.type == "cuda", config.train_seq_len
     if (seqs := config.train_batch_tokens // length) % dist.world_size:
         raise UserError(f"{dist.world_size} ranks cannot share {seqs} sequences (TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN)")
@@ -1070,7 +1071,7 @@ def describe(log: Log, config: Config, dist: Dist, code: bytes) -> None:
         log(f"  {name.upper()}={value}", console=value != getattr(Config, name))
 
 def build_run(config: Config, dist: Dist, log: Log) -> Run:
-    """Seeds torch and makes the model, the same on every rank, and its gradient buffer."""
+    """Seeds torch, makes the model, the same on every rank, and its gradient buffer."""
     torch.manual_seed(config.seed)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
@@ -1082,7 +1083,7 @@ def build_run(config: Config, dist: Dist, log: Log) -> Run:
     return run
 
 def train_and_store(run: Run, stream: TokenStream, optimizers: list, evaluator: Evaluator, code: bytes) -> Path:
-    """Trains, averages, writes the artifact; returns its path (on rank 0)."""
+    """Trains, averages, writes the artifact; returns its path, on rank 0."""
     def validate(title: str, **record) -> None:
         start = time.perf_counter()
         side_by_side = sliding_windows(evaluator.num_targets, run.config.train_seq_len, stride=run.config.train_seq_len)
@@ -1094,9 +1095,8 @@ def train_and_store(run: Run, stream: TokenStream, optimizers: list, evaluator: 
     average.apply()
     validate(f"swa:{average.count}_snapshots", event="swa", **progress)
     run.log(f"weights_sha256 after training, by rank: {run.dist.weight_digests(run.model)}")
-    start, limit, left = run.dist.now(), run.config.max_artifact_bytes, run.config.max_wallclock_seconds or math.inf
-    moments = error_moments(run, stream, progress["step"], seconds=left - progress["train_s"])
-    moments_s, encode_start = run.dist.now() - start, time.perf_counter()
+    limit, left = run.config.max_artifact_bytes, (run.config.max_wallclock_seconds or math.inf) - progress["train_s"]
+    moments, start = error_moments(run, stream, progress["step"], seconds=left), time.perf_counter()
     data = encode_artifact(run.model.state_dict(), run.config, moments=moments, limit=limit - len(code), dist=run.dist)
     if not run.dist.is_master:
         return Path()  # evaluate_artifact reads rank 0's file
@@ -1105,8 +1105,8 @@ def train_and_store(run: Run, stream: TokenStream, optimizers: list, evaluator: 
     path.with_suffix(".part").replace(path)  # a file of the final name is always whole
     warning = "" if (total := len(data) + len(code)) < limit else " TOO LARGE, cannot be submitted"
     run.log(f"artifact_bytes:{len(data)} code_bytes:{len(code)} total_bytes:{total} limit_bytes:{limit}{warning}",
-            event="artifact", artifact_bytes=len(data), code_bytes=len(code), moments_s=moments_s,
-            seconds=time.perf_counter() - encode_start)
+            event="artifact", artifact_bytes=len(data), code_bytes=len(code),
+            seconds=time.perf_counter() - start)
     return path
 
 def evaluate_artifact(run: Run, path: str | Path, evaluator: Evaluator) -> None:

@@ -31,7 +31,7 @@ DEMO = dict(
     TRAIN_SEQ_LEN=256, TRAIN_BATCH_TOKENS=2048, MAX_WALLCLOCK_SECONDS=150, WARMUP_STEPS=2, VAL_LOSS_EVERY=0,
     VAL_BATCH_SIZE=4096, TRAIN_LOG_EVERY=10, MUON_MOMENTUM=0.95, MUON_MOMENTUM_WARMUP_START=0.85,
     SWA_START_FRAC=0.03, SWA_EVERY=2, EVAL_STRIDE=128, EVAL_BATCH_SEQS=2, TTT_CHUNK_TOKENS=256, TTT_LR=0.004,
-    EVAL_MAX_SECONDS=160,
+    EVAL_MAX_SECONDS=160, MAX_ARTIFACT_BYTES=1_600_000,  # a quarter less than the finest steps take: the solver works
 )
 HEARTBEAT_SECONDS = 3.0
 
@@ -97,6 +97,7 @@ def summarise(folder: Path, settings: dict[str, str]) -> tuple[dict[str, float],
     run = {
         "artifact bytes": last["artifact"]["artifact_bytes"],
         "script bytes": last["artifact"]["code_bytes"],
+        "limit of the two": last["start"]["settings"]["max_artifact_bytes"],
         "targets scored": submitted["targets"],
         "bytes of text": submitted["bytes"],
         "chunks": -(-submitted["targets"] // int(settings["TTT_CHUNK_TOKENS"])),
@@ -105,6 +106,7 @@ def summarise(folder: Path, settings: dict[str, str]) -> tuple[dict[str, float],
         "seconds: start and warm-up": last["warm_up"]["since_start_s"],
         "seconds: training": last["val"]["train_s"],
         "seconds: validation, twice": last["val"]["seconds"] + last["swa"]["seconds"],
+        "seconds: moments for GPTQ": last["moments"]["seconds"],
         "seconds: artifact": last["artifact"]["seconds"],
         "seconds: score, then adapt": submitted["eval_seconds"],
         "seconds: plain pass": plain["eval_seconds"],
@@ -129,6 +131,7 @@ def faults(bpb: dict[str, float], run: dict[str, float]) -> list[str]:
         (all(math.isfinite(value) for value in (bpb | run).values()), "a value is not finite"),
         (run["targets scored"] >= MIN_TARGETS, f"{run['targets scored']} targets, fewer than {MIN_TARGETS}"),
         (run["chunks"] >= MIN_CHUNKS, f"{run['chunks']} chunks, fewer than {MIN_CHUNKS}"),
+        (run["artifact bytes"] + run["script bytes"] < run["limit of the two"], "artifact and script exceed the limit"),
         (final <= MAX_FINAL_BPB, f"final BPB {final:.4f} above {MAX_FINAL_BPB}"),
         (QUANTISED_MOVES[0] <= by_quantising <= QUANTISED_MOVES[1],
          f"quantisation and window move BPB by {by_quantising:+.4f}, outside {QUANTISED_MOVES}"),

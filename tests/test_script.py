@@ -163,6 +163,33 @@ def test_training_stops_before_the_limit(run_here):
     last = run.events("train")[-1]
     assert len(run.events("val")) > 2, "validation must not count"
     assert 1.0 < last["train_s"] <= 2.0 and last["lr_factor"] < 0.1
+    _, moments = run.events("moments")  # in the warm-up, and after training
+    assert last["train_s"] + moments["seconds"] <= 2.0, "GPTQ's batches are training time"
+
+
+def test_the_artifact_is_brought_below_the_limit(run_here):
+    free, code = run_here(ITERATIONS=2), (REPOSITORY / "train_gpt.py").stat().st_size
+    size = (free.folder / "artifact.bin").stat().st_size
+    fitted = run_here(ITERATIONS=2, MAX_ARTIFACT_BYTES=code + int(0.7 * size))
+    assert 0.3 * size < (fitted.folder / "artifact.bin").stat().st_size < 0.7 * size
+    assert "TOO LARGE" not in fitted.output and fitted.submission["val_bpb"] != free.submission["val_bpb"]
+
+
+def test_what_cannot_fit_is_a_valid_smaller_artifact_and_the_run_says_so(run_here):
+    run = run_here(ITERATIONS=2, MAX_ARTIFACT_BYTES=1000)
+    assert "TOO LARGE, cannot be submitted" in run.output
+    assert run.submission["targets"] == TINY["MAX_VAL_TOKENS"]  # what was stored is what was scored
+    again = run_here(ARTIFACT=run.folder / "artifact.bin")
+    assert again.submission["val_bpb"] == run.submission["val_bpb"]
+
+
+@pytest.mark.parametrize("batches", [0, 3])
+def test_gptq_batches_decide_what_the_encoder_gets(run_here, monkeypatch, batches):
+    given, encode = [], train_gpt.encode_artifact
+    monkeypatch.setattr(train_gpt, "encode_artifact", lambda *a, **b: given.append(b["moments"]) or encode(*a, **b))
+    run = run_here(ITERATIONS=2, GPTQ_BATCHES=batches)
+    assert bool(given[0]) == bool(batches)
+    assert [record["batches"] for record in run.events("moments")] == [batches, batches]
 
 
 # ---- Bad input: one line, a status that is not 0, nothing trained
@@ -192,10 +219,10 @@ def bad_inputs(dataset, tmp_path_factory) -> dict:
         "missing data": (dict(DATA_PATH=str(folder / "none")), 1, "python data/build_dataset.py"),
         "missing tokenizer": (dict(TOKENIZER_PATH=str(folder / "none")), 1, "python data/build_dataset.py"),
         "damaged tokenizer": (dict(TOKENIZER_PATH=str(other_tokenizer)), 1, "no SentencePiece model"),
-        "wrong magic": (with_train("magic", b"\0" + train[1:]), 1, "not a whole shard"),
+        "wrong magic": (with_train("magic", b"\0" + train[1:]), 1, "delete it and"),
         "truncated shard": (with_train("cut", train[:-1]), 1, f"{len(train) - 1} bytes"),
-        "header only": (with_train("header", train[:100]), 1, "not a whole shard"),
-        "empty shard": (with_train("empty", None), 1, "not a whole shard"),
+        "header only": (with_train("header", train[:100]), 1, "delete it and"),
+        "empty shard": (with_train("empty", None), 1, "delete it and"),
         "token id": (with_train("id", train[:1024] + tokens.tobytes()), 1, f"token id {TINY['VOCAB_SIZE']}"),
         "tokenizer of another size": (dict(VOCAB_SIZE=400), 1, "has 384 tokens, VOCAB_SIZE=400"),
         "misspelt setting": (dict(TTT_EPOCH=3), 1, "did you mean TTT_EPOCHS"),
@@ -204,7 +231,7 @@ def bad_inputs(dataset, tmp_path_factory) -> dict:
         "micro-batch": (dict(MICRO_BATCH_TOKENS=96), 1, "MICRO_BATCH_TOKENS=96 must divide"),
         "world size": (dict(TRAIN_BATCH_TOKENS=96), 2, "2 ranks cannot share 3 sequences"),
         "missing artifact": (dict(ARTIFACT=str(folder / "none")), 1, "no such file"),
-        "damaged artifact": (dict(ARTIFACT=str(diverged)), 1, "artifact version 0"),
+        "damaged artifact": (dict(ARTIFACT=str(diverged)), 1, "artifact begins with"),
     }
 
 
