@@ -173,7 +173,7 @@ def within_edits(a: str, b: str, edits: int) -> bool:
 # and tested. All ranks always hold the same weights; they share work, gradients and rank 0's clock.
 
 class Dist:
-    """Who we are among the ranks, our device, and the few collectives a run needs."""
+    """Who we are among the ranks, our device, the collectives a run needs."""
     def __init__(self, device: str = "cpu", env: Mapping[str, str] = {}):
         names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))  # torchrun's
         self.rank, self.world_size, local_rank, local_size = (int(env.get(*name)) for name in names)
@@ -212,7 +212,7 @@ class Dist:
         return self.from_master(time.perf_counter())
 
     def weight_digests(self, model: nn.Module) -> str:
-        """Start of the SHA-256 of each rank's exact weights; RuntimeError unless all are equal."""
+        """Start of the SHA-256 of each rank's weights; RuntimeError unless all are equal."""
         weights = b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())
         digests = [hashlib.sha256(weights).hexdigest()[:16]] * self.world_size
         if self.world_size > 1:
@@ -247,7 +247,7 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 GET_DATA = "run 'python data/cached_challenge_fineweb.py' or 'python data/build_dataset.py', set what it prints"
 
 def open_shard(path: Path, vocab_size: int) -> np.ndarray:
-    """Memory-maps a shard: uint16 [tokens]; checks header, length and the first 16 M token ids."""
+    """Memory-maps a shard, uint16 [tokens]; checks header, length, the first 16 M ids."""
     header, size = np.fromfile(path, "<i4", SHARD_HEADER_INTS), path.stat().st_size
     whole = len(header) == SHARD_HEADER_INTS and header[2] > 0 and size == header.nbytes + 2 * int(header[2])
     if not whole or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
@@ -737,33 +737,32 @@ def encode_artifact(state_dict: Mapping[str, Tensor], config: Config, *, moments
     for name, _, bits in table:
         if not torch.isfinite(tensors[name].half() if bits == 16 else tensors[name]).all():
             raise UserError(f"weights of {name} are not finite: training diverged, lower the learning rates")
-    rows = {}  # by matrix: largest weight, the step that just reaches it, mean square, cost of an error; bits
+    rows = {}  # by matrix: the step that just reaches the largest weight, mean square, cost of an error; bits
     for name, bits in ((name, bits) for name, _, bits in table if bits < 16):
-        largest, square = tensors[name].abs().amax(1), tensors[name].square().mean(1)
-        finest = largest / (2 ** (bits - 1) - 1)  # PR #264 floored it at 1/127, too coarse for small rows
+        finest = tensors[name].abs().amax(1) / (2 ** (bits - 1) - 1)  # PR #264 floored it at 1/127
         cost = finest**-2
         if moments:  # the matrix's mean besides the row's own, for what the batches did not show
             cost = (moments[name][1] + moments[name][1].mean()) / tensors[name].size(1)
-        rows[name] = largest, finest, square, cost, bits
+        rows[name] = finest, tensors[name].square().mean(1), cost, bits
 
     def first_guess(name: str, price: int) -> Tensor:  # step**2 = 2**(price / 1024 - 100) / cost: bits pay alike
-        largest, finest, _, cost, _ = rows[name]
-        step = (2 ** (price / 1024 - 100) * (price > 0) / cost).sqrt()  # fmax: nan where price and cost are 0
-        return torch.fmax(finest, step).minimum(3 * largest)  # there, nearest is zero
+        finest, _, cost, _ = rows[name]
+        return torch.fmax(finest, (2 ** (price / 1024 - 100) * (price > 0) / cost).sqrt())  # fmax: 0 / 0 is nan
 
     def predict(price: int) -> float:  # bytes, log2(1 + power / rounding's 1/12) / 2 bits a value; ranks must agree
-        ratios = {name: (rows[name][2] / first_guess(name, price) ** 2).nan_to_num(0, 0) for name in rows}
+        ratios = {name: (rows[name][1] / first_guess(name, price) ** 2).nan_to_num(0, 0) for name in rows}
         return dist.from_master(sum(tensors[name].size(1) / 16 * (1 + 12 * ratio).log2().sum().item()
                                     for name, ratio in ratios.items()))
 
     def make(price: int) -> bytes:
         stored, values = {name: w.half() for name, w in tensors.items()}, {}
         for name in rows:
-            w, guess = tensors[name], first_guess(name, price)
+            guess = first_guess(name, price)
+            w = tensors[name] * (guess < 65504)[:, None]  # zero where fp16 ends
             values[name], stored[name] = torch.zeros_like(w, dtype=torch.int8), torch.zeros_like(guess).half()
             if name in dist.mine(list(rows)):
                 steps = torch.linspace(0.85, 1.15, STEP_CHOICES, device=w.device)[:, None] * guess
-                values[name], stored[name] = quantize(w, steps, rows[name][4], moments[name][0] if moments else None)
+                values[name], stored[name] = quantize(w, steps, rows[name][3], moments[name][0] if moments else None)
         for name in rows:
             dist.sum_(values[name])
             dist.sum_(stored[name])
@@ -817,8 +816,9 @@ def entropy_encode(symbols: np.ndarray, frequencies: np.ndarray) -> tuple[np.nda
 
 def entropy_decode(classes: np.ndarray, frequencies: np.ndarray, states: np.ndarray, words: np.ndarray) -> np.ndarray:
     """Bytes (uint8) of the symbols, given their classes; ValueError for what entropy_encode did not make."""
-    if (frequencies.sum(1) != 2**CODER_BITS).any() or classes.max(initial=0) > 63:
-        raise ValueError("classes or frequencies that cannot be")
+    wrong = (frequencies.sum(1) != 2**CODER_BITS).any() or classes.max(initial=0) > 63
+    if wrong or len(states) != max(1, min(1024, len(classes) // 2048)):
+        raise ValueError("impossible classes, frequencies or lanes")
     frequency = frequencies.ravel().astype(np.uint32)
     symbol = np.repeat(np.arange(64 * 256, dtype=np.uint16), frequency)  # of each slot, 2**CODER_BITS a class
     rest = (np.arange(len(symbol)) - (np.cumsum(frequency) - frequency)[symbol]).astype(np.uint32)
@@ -873,18 +873,21 @@ def unpack_artifact(data: bytes) -> tuple[Config, dict[str, Tensor], dict[str, T
             raise ValueError(f"a body of {size} bytes")
         body = zstandard.decompress(frame)
         offset = 4 + struct.unpack_from("<I", body)[0]
-        header = json.loads(body[4:offset])
+        header = json.loads(body[4 : min(offset, 1 << 16)])  # more is no JSON, and no memory
         settings = {name: type(getattr(Config, name))(header["config"][name]) for name in MODEL_SETTINGS}
         fitting = dict.fromkeys(("train_batch_tokens", "ttt_chunk_tokens", "eval_stride"), settings["train_seq_len"])
         if problems := (config := Config(**settings, **fitting)).problems():
             raise ValueError("; ".join(problems))
-        if config.num_layers > len(header["tensors"]) or header["tensors"] != (table := tensor_table(config)):
+        if 300 * config.num_layers > offset or header["tensors"] != (table := tensor_table(config)):
             raise ValueError("other tensors than its settings imply")
         sizes = [math.prod(shape) for _, shape, bits in table if bits < 16]
         if sum(sizes) > MAX_STORED_VALUES:
             raise ValueError(f"{sum(sizes)} values")
-        numbers, widths = [math.prod(shape) if bits == 16 else shape[0] for _, shape, bits in table], row_widths(table)
+        numbers = [math.prod(shape) if bits == 16 else shape[0] for _, shape, bits in table]
         stored = np.frombuffer(body, "<f2", sum(numbers), offset)
+        if not np.isfinite(stored).all():
+            raise ValueError("numbers that are not finite")
+        widths = row_widths(table)
         classes = np.frombuffer(body, np.uint8, len(widths), offset := offset + stored.nbytes)
         frequencies = np.frombuffer(body, "<u2", 64 * 256, offset := offset + classes.nbytes).reshape(64, 256)
         states, of_values = np.frombuffer(body, "<u4", -1, offset + frequencies.nbytes), np.repeat(classes, widths)
@@ -948,7 +951,7 @@ class Evaluator:
         return total / len(nats), total / math.log(2) / int(self.bytes_before[len(nats)])
 
     def gather(self, starts: np.ndarray, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Positions, inputs, targets of sequences at starts, int64 [rows, L] each; missing rows start at 0."""
+        """Positions, inputs, targets of sequences at starts, int64 [rows, L]; missing rows start at 0."""
         starts = torch.from_numpy(np.pad(starts, (0, rows - len(starts)))).to(self.tokens.device)
         positions = starts[:, None] + self.offsets
         return positions, self.tokens[positions].long(), self.tokens[positions + 1].long()
@@ -968,8 +971,7 @@ class Evaluator:
         return self.dist.sum_(nats[:count]).cpu().numpy()
 
     def adapt(self, first: int, end: int, optimizer: torch.optim.Optimizer) -> None:
-        """One SGD step on the mean loss of targets [first, end), all scored already; the same for any number of ranks
-        and micro-batches."""
+        """One SGD step on the mean loss of targets [first, end), all scored already."""
         rows, length = self.adapt_rows, self.config.train_seq_len
         mine = self.dist.mine(np.arange(first, end, length))
         self.run.grads.flat.zero_()
