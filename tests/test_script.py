@@ -183,6 +183,16 @@ def test_what_cannot_fit_is_a_valid_smaller_artifact_and_the_run_says_so(run_her
     assert again.submission["val_bpb"] == run.submission["val_bpb"]
 
 
+def test_gptq_gets_what_training_leaves_of_the_time(run_here, monkeypatch):
+    seconds, moments = [], train_gpt.error_moments
+    monkeypatch.setattr(train_gpt, "error_moments", lambda *a, **b: seconds.append(b.get("seconds")) or moments(*a, **b))
+    run = run_here(ITERATIONS=5, MAX_WALLCLOCK_SECONDS=50)
+    assert seconds == [None, 50 - run.events("val")[-1]["train_s"]]  # in the warm-up it is measured
+    seconds.clear()
+    run_here(ITERATIONS=5)
+    assert seconds == [None, math.inf]
+
+
 @pytest.mark.parametrize("batches", [0, 3])
 def test_gptq_batches_decide_what_the_encoder_gets(run_here, monkeypatch, batches):
     given, encode = [], train_gpt.encode_artifact
