@@ -184,13 +184,18 @@ def test_what_cannot_fit_is_a_valid_smaller_artifact_and_the_run_says_so(run_her
 
 
 def test_gptq_gets_what_training_leaves_of_the_time(run_here, monkeypatch):
-    seconds, moments = [], train_gpt.error_moments
-    monkeypatch.setattr(train_gpt, "error_moments", lambda *a, **b: seconds.append(b.get("seconds")) or moments(*a, **b))
+    given, moments = [], train_gpt.error_moments
+
+    def spy(run, stream, first_step, **seconds):
+        given.append((first_step, seconds.get("seconds")))
+        return moments(run, stream, first_step, **seconds)
+
+    monkeypatch.setattr(train_gpt, "error_moments", spy)
     run = run_here(ITERATIONS=5, MAX_WALLCLOCK_SECONDS=50)
-    assert seconds == [None, 50 - run.events("val")[-1]["train_s"]]  # in the warm-up it is measured
-    seconds.clear()
+    assert given == [(0, None), (5, 50 - run.events("val")[-1]["train_s"])]  # in the warm-up it is measured
+    given.clear()
     run_here(ITERATIONS=5)
-    assert seconds == [None, math.inf]
+    assert given == [(0, None), (5, math.inf)]
 
 
 @pytest.mark.parametrize("batches", [0, 3])
