@@ -591,8 +591,7 @@ def train_step(run: Run, stream: TokenStream, optimizers: list, step: int, facto
 def train(run: Run, stream: TokenStream, optimizers: list, validate: Callable[..., None]) -> tuple[WeightAverage, dict]:
     """Trains until steps or seconds are used up; returns the average of the weights and how far it came. Validation is
     not training time. No step starts that would end late if it took the longest of the last ten."""
-    limit, average = run.config.max_wallclock_seconds, WeightAverage(run.model)
-    limit = max(limit - run.reserve_s, 0.01) if limit else 0.0
+    limit, average = run.config.max_wallclock_seconds - run.reserve_s, WeightAverage(run.model)
     config = replace(run.config, max_wallclock_seconds=limit)
     step, elapsed, durations, start = 0, 0.0, [0.0], run.dist.now()  # start moves on by what is not training
     while step < config.iterations and not 0 < limit < elapsed + max(durations[-10:]):
@@ -624,9 +623,9 @@ def warm_up(run: Run, stream: TokenStream | None, optimizers: list, evaluator: E
         train_step(run, stream, optimizers, step, 1.0, run.config.muon_momentum_warmup_start)
         run.log(f"warmup_step:{step + 1}/{run.config.warmup_steps}")
     if stream:
-        start = run.dist.now()
-        error_moments(run, stream, first_step=0)
-        run.reserve_s = 1.1 * (run.dist.now() - start)
+        start, most = run.dist.now(), run.config.max_wallclock_seconds / 8
+        error_moments(run, stream, first_step=0, seconds=most or math.inf)
+        run.reserve_s = min(1.1 * (run.dist.now() - start), most)
     evaluator.warm_up(with_validation=stream is not None)
     with torch.no_grad():
         torch._foreach_copy_(list(run.model.parameters()), saved)
@@ -774,10 +773,11 @@ def largest_below(limit: int | None, make: Callable[[int], bytes], predict: Call
     """make(0) if shorter than limit, else the longest make(price) found that is, if possible within FIT_SLACK of it. A
     higher price, up to 200 * 1024, trades quality for bytes. predict(price), about the length, proposes the next one
     between the last too low and the last high enough. If none is high enough: make of the highest."""
-    price, data, best, low, high, tries = 0, make(0), b"", 0, 200 * 1024, 0
+    price, data, low, high, tries = 0, make(0), 0, 200 * 1024, 0
     if limit is None or len(data) < limit:
         return data
-    while high - low > 1 and not (best and limit - len(best) <= FIT_SLACK):
+    best = make(high)
+    while high - low > 1 and limit - len(best) > FIT_SLACK:
         wanted, tries = limit - FIT_SLACK / 2 - len(data) + predict(price), tries + 1
         price = bisect_left(range(high), -wanted, low + 1, key=lambda price: -predict(price))
         price = price if price < high and tries < 8 else (low + high) // 2
@@ -786,7 +786,7 @@ def largest_below(limit: int | None, make: Callable[[int], bytes], predict: Call
             high, best = price, max(best, data, key=len)
         else:
             low = price
-    return best or make(high)
+    return best
 
 def symbol_frequencies(symbols: np.ndarray) -> np.ndarray:
     """uint16 symbols [n], 256 * class + byte -> uint16 [64, 256]: in proportion to the counts within each class, in sum
@@ -873,7 +873,7 @@ def unpack_artifact(data: bytes) -> tuple[Config, dict[str, Tensor], dict[str, T
             raise ValueError(f"a body of {size} bytes")
         body = zstandard.decompress(frame)
         offset = 4 + struct.unpack_from("<I", body)[0]
-        header = json.loads(body[4 : min(offset, 1 << 16)])  # more is no JSON, and no memory
+        header = json.loads(body[4 : min(offset, 1 << 18)])  # more is no JSON, and no memory
         settings = {name: type(getattr(Config, name))(header["config"][name]) for name in MODEL_SETTINGS}
         fitting = dict.fromkeys(("train_batch_tokens", "ttt_chunk_tokens", "eval_stride"), settings["train_seq_len"])
         if problems := (config := Config(**settings, **fitting)).problems():
@@ -894,7 +894,7 @@ def unpack_artifact(data: bytes) -> tuple[Config, dict[str, Tensor], dict[str, T
         flat, coded = np.zeros(len(of_values), np.uint8), of_values > 0
         flat[coded] = entropy_decode(of_values[coded], frequencies, states, words)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, struct.error, zstandard.ZstdError) as e:
-        raise UserError(f"artifact is inconsistent ({e}): use the script that wrote it") from e
+        raise UserError(f"artifact is inconsistent ({e!s:.200}): use the script that wrote it") from e
     parts = torch.tensor(stored).split(numbers)
     stored = {name: part.view(shape if bits == 16 else -1) for (name, shape, bits), part in zip(table, parts)}
     parts = iter(torch.from_numpy(flat.view(np.int8)).split(sizes))
