@@ -657,7 +657,7 @@ class WeightAverage:
 # frame of a JSON header (model settings, table of tensors), fp16 tensors and steps of matrices, and what the entropy
 # coder needs; the matrices' values, entropy-coded. Tables are matrices here. Nothing in it is executed, no pickle.
 ARTIFACT_MAGIC = b"PGOLFGPT\x02"
-MAX_STORED_VALUES = 2**27  # a bit each in 16 MB: a damaged file cannot ask for all memory
+MAX_STORED_VALUES = 2**26  # two bits each in 16 MB: a file cannot ask for all memory
 MODEL_SETTINGS = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult bigram_vocab_size bigram_dim
     logit_softcap rope_base train_seq_len embed_bits""".split()
 STEP_CHOICES = 16  # steps tried for each row, from 0.85 to 1.15 of the first guess
@@ -872,8 +872,8 @@ def unpack_artifact(data: bytes) -> tuple[Config, dict[str, Tensor], dict[str, T
         if not 0 <= (size := zstandard.frame_content_size(frame)) < 1 << 26:
             raise ValueError(f"a body of {size} bytes")
         body = zstandard.decompress(frame)
-        offset = 4 + struct.unpack_from("<I", body)[0]
-        header = json.loads(body[4 : min(offset, 1 << 18)])  # more is no JSON, and no memory
+        offset = min(4 + struct.unpack_from("<I", body)[0], 1 << 20)
+        header = json.loads(body[4:offset])
         settings = {name: type(getattr(Config, name))(header["config"][name]) for name in MODEL_SETTINGS}
         fitting = dict.fromkeys(("train_batch_tokens", "ttt_chunk_tokens", "eval_stride"), settings["train_seq_len"])
         if problems := (config := Config(**settings, **fitting)).problems():

@@ -286,8 +286,8 @@ def test_other_versions_and_frames_that_lie_about_their_size_are_refused(artifac
     with pytest.raises(UserError, match="begins with"):
         decode_artifact(checked(artifact[HEAD:], magic=b"PGOLFGPT\x01"))
     writer = zstandard.ZstdCompressor(write_content_size=False)
-    for frame in (zstandard.compress(bytes(1 << 26)), writer.compress(b"x" * 1000), b"", b"no frame"):
-        with pytest.raises(UserError, match="inconsistent"):
+    for frame in (zstandard.compress(bytes(1 << 26)), writer.compress(b"x" * 1000), b"no frame"):
+        with pytest.raises(UserError, match="a body of|content size"):
             decode_artifact(checked(len(frame).to_bytes(4, "little") + frame))
 
 
@@ -414,6 +414,17 @@ def test_the_budget_is_kept_and_used(config, monkeypatch, share, weights):
             assert len(fitted) >= limit - 300
     stored = decode_artifact(fitted)[1]
     assert all(torch.isfinite(tensor).all() for tensor in stored.values())
+
+
+@pytest.mark.parametrize("scale", [1, 1e6])
+def test_the_limit_itself_is_too_long(config, monkeypatch, scale):
+    monkeypatch.setattr(train_gpt, "FIT_SLACK", 300)
+    state = {name: scale * tensor if name.endswith(".weight") else tensor
+             for name, tensor in random_model(config).state_dict().items()}
+    free = encode_artifact(state, config)
+    assert encode_artifact(state, config, limit=len(free) + 1) == free
+    assert len(encode_artifact(state, config, limit=len(free))) < len(free)
+    assert len(encode_artifact(state, config, limit=len(free) // 2)) < len(free) // 2
 
 
 def test_what_cannot_fit_ends_with_the_smallest_file(config):
@@ -565,21 +576,25 @@ def certain_values(artifact, lanes, **config):
     return checked(len(frame).to_bytes(4, "little") + frame)
 
 
-BIG = dict(model_dim=2048, num_heads=8, num_layers=6, mlp_mult=0.25)  # 92 million values
+BIG = dict(model_dim=2048, num_heads=8, num_layers=4, mlp_mult=0.25)  # 60 million values
 
 
-@pytest.mark.parametrize("case", ["values", "rows", "lanes", "one lane", "layers", "list", "nesting", "not finite"])
+@pytest.mark.parametrize("case", ["values", "rows", "lanes", "one lane", "layers", "false length", "list", "nesting",
+                                  "not finite"])
 def test_a_small_file_cannot_ask_for_all_time_or_memory(artifact, case):
     if case == "values":
         hostile = certain_values(artifact, 1024, model_dim=4096, num_heads=8, num_layers=11)
     elif case == "rows":
-        hostile = with_header(artifact, header_of(artifact, bigram_vocab_size=2**27 - 200_000, bigram_dim=1))
+        hostile = with_header(artifact, header_of(artifact, bigram_vocab_size=2**26 - 200_000, bigram_dim=1))
     elif case in ("lanes", "one lane"):
         hostile = certain_values(artifact, 10_000_000 if case == "lanes" else 1, **BIG)
     elif case == "layers":
         header = header_of(artifact) | {"tensors": [0] * 80_000}
         header["config"]["num_layers"] = 8000
         hostile = with_header(artifact, header)
+    elif case == "false length":  # of the header: as many layers as it says there is room for
+        header = json.dumps(header_of(artifact)).replace('"num_layers": 3', '"num_layers": 100000').encode()
+        hostile = rebuilt(artifact, lambda body: b"\xff" * 4 + header)
     elif case == "list":
         hostile = with_header(artifact, b'{"tensors": [' + b"{}," * 10_000_000 + b"0]}")
     elif case == "nesting":
