@@ -1,7 +1,6 @@
 """Train a small language model in ten minutes, store it in 16 MB, score it in bits per byte - validly.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py   # the record setting: 8xH100, 600 s, FineWeb
-    torchrun --standalone --nproc_per_node=1 train_gpt.py   # one GPU: same batch and schedule, fewer steps
     ARTIFACT=logs/RUN_ID/artifact.bin torchrun --standalone --nproc_per_node=8 train_gpt.py   # evaluate only
     make demo                                               # two CPU cores or one GPU, no data to download
 
@@ -13,11 +12,13 @@ L sequence length, S stride of the W scoring windows, C targets in a chunk, N ta
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import struct
 import sys
 import time
@@ -35,11 +36,11 @@ import zstandard
 from torch import Tensor, nn
 
 # ------------------------------ Settings
-# One field per environment variable of the same name in capitals, parsed strictly and checked together at the
-# start: a typo that silently trained the default model would cost eight GPUs for twenty minutes.
+# One environment variable a field, its name in capitals, parsed strictly: a typo that silently trained the default
+# model would cost eight GPUs for twenty minutes.
 
 class UserError(Exception):
-    """A problem whoever launched the run can fix: one line naming the thing, its value and the remedy."""
+    """What whoever launched the run can fix: one line naming the thing, its value and the remedy."""
 
 @dataclass(frozen=True)
 class Config:
@@ -66,10 +67,10 @@ class Config:
     train_batch_tokens: int = 786_432  # a step, over all ranks
     iterations: int = 20_000  # steps at most
     max_wallclock_seconds: float = 600.0  # of training at most; 0: only ITERATIONS decides
-    warmup_steps: int = 20  # compile and tune, then restore; not training time
+    warmup_steps: int = 20  # compile, then restore; not training time
     warmdown_iters: int = 3000  # steps of learning rate falling to zero, 58 % of the budget at most
     val_loss_every: int = 1000  # steps between validations (not training time); 0: only at the end
-    val_batch_size: int = 524_288  # tokens a batch in those, over all ranks
+    val_batch_size: int = 524_288  # tokens, over all ranks
     train_log_every: int = 50
     # Optimiser
     matrix_lr: float = 0.02  # Muon: matrices of the blocks, bigram projection
@@ -104,10 +105,11 @@ class Config:
     ttt_chunk_tokens: int = 32_768  # C
     ttt_grad_clip: float = 1.0  # 0: off
     ttt_max_chunks: int = -1  # chunks adapted on, to replay a run that stopped; -1: all
-    # Machine ("auto" and 0 are settled at the start and logged)
+    # Machine ("auto" and 0: settled at the start, logged)
     device: str = "auto"  # cuda or cpu
     compute_dtype: str = "auto"  # bfloat16 or float32
-    compile: str = "auto"  # 1 or 0: torch.compile
+    attention: str = "auto"  # fa3, cudnn, flash or products
+    compile: str = "auto"  # 0, 1: the model as one graph, blocks: each block alone
     micro_batch_tokens: int = 0  # tokens a rank processes at once
     deterministic: bool = False  # the same bits on each CUDA run
 
@@ -156,7 +158,7 @@ class Config:
 PARSERS = {str: str, int: int, float: float, bool: {"0": False, "1": True}.__getitem__}
 ACCEPTED = {int: "a whole number", float: "a number", bool: "0 or 1"}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-CHOICES = dict(device="auto cuda cpu", compile="auto 0 1", compute_dtype="auto bfloat16 float32", embed_bits="6 8 16")
+CHOICES = dict(device="auto cuda cpu", attention="auto fa3 cudnn flash products", compile="auto 0 1 blocks", compute_dtype="auto bfloat16 float32", embed_bits="6 8 16")
 MUST_BE_POSITIVE = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult bigram_dim logit_softcap rope_base
     train_seq_len train_batch_tokens iterations val_batch_size train_log_every muon_backend_steps swa_every
     max_artifact_bytes eval_stride eval_batch_seqs ttt_chunk_tokens""".split()
@@ -169,11 +171,11 @@ def within_edits(a: str, b: str, edits: int) -> bool:
     return a == b or edits > 0 and any(within_edits(*pair, edits - 1) for pair in tries)
 
 # ------------------------------ Distributed context and log
-# All communication between ranks, also right at world size 1, so that one path is written
-# and tested. All ranks always hold the same weights; they share work, gradients and rank 0's clock.
+# All communication between ranks, also right at world size 1: one path to write and to test. The ranks always hold the
+# same weights; they share work, gradients and rank 0's clock.
 
 class Dist:
-    """Who we are among the ranks, our device, the collectives a run needs."""
+    """This rank, its device, the collectives a run needs."""
     def __init__(self, device: str = "cpu", env: Mapping[str, str] = {}):
         names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))  # torchrun's
         self.rank, self.world_size, local_rank, local_size = (int(env.get(*name)) for name in names)
@@ -197,6 +199,13 @@ class Dist:
         if self.world_size > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
+
+    def start_gathering(self, part: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        """Every rank's part, one after the other, and what waits until they are there."""
+        if self.world_size == 1:
+            return part, lambda: None
+        whole = part.new_empty(self.world_size * len(part), *part.shape[1:])
+        return whole, torch.distributed.all_gather_into_tensor(whole, part, async_op=True).wait
 
     def from_master(self, value):
         """Rank 0's value, on every rank."""
@@ -241,20 +250,20 @@ class Log:
 
 # ------------------------------ Data
 # Shards are a 1024-byte header (256 little-endian int32: magic, version, token count, zeros) and uint16 tokens,
-# memory-mapped, never read whole. Which tokens a step trains on is arithmetic on its number: the global batch does not
-# depend on the world size. Sequences cross document boundaries, as in the challenge's baseline.
+# memory-mapped. Which tokens a step trains on is arithmetic on its number, whatever the world size. Sequences cross
+# document boundaries, as in the challenge's baseline.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 GET_DATA = "run 'python data/cached_challenge_fineweb.py' or 'python data/build_dataset.py', set what it prints"
 
 def open_shard(path: Path, vocab_size: int) -> np.ndarray:
-    """Memory-maps a shard, uint16 [tokens]; checks header, length, the first 16 M ids."""
+    """Memory-maps a shard, uint16 [tokens]; checks header, length, the first million ids."""
     header, size = np.fromfile(path, "<i4", SHARD_HEADER_INTS), path.stat().st_size
     whole = len(header) == SHARD_HEADER_INTS and header[2] > 0 and size == header.nbytes + 2 * int(header[2])
     if not whole or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise UserError(f"{path}: {size} bytes, header {header[:3].tolist()}, not {SHARD_MAGIC}, "
                         f"{SHARD_VERSION}, tokens = (bytes - 1024) / 2: delete it and {GET_DATA}")
     tokens = np.memmap(path, "<u2", "r", header.nbytes)
-    check_ids(tokens[: 1 << 24], vocab_size, path)
+    check_ids(tokens[: 1 << 20], vocab_size, path)
     return tokens
 
 def check_ids(tokens: np.ndarray, vocab_size: int, source: Path) -> np.ndarray:
@@ -284,13 +293,15 @@ class TokenStream:
         return check_ids(np.concatenate(parts), self.config.vocab_size, self.folder)
 
     def micro_batches(self, step: int, dist: Dist) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's share of the step's batch: inputs and targets, int64 [micro_batch_tokens / L, L] each. Sequence
-        q covers tokens [qL, qL + L]; step s holds sequences [s n, (s + 1) n), dealt to the ranks in blocks."""
+        """This rank's share of the step's batch: inputs and targets, int64 [micro_batch_tokens / L, L] each. Sequence q
+        covers tokens [qL, qL + L]; step s has sequences [s n, (s + 1) n), dealt in blocks."""
         length, seqs = self.config.train_seq_len, self.config.train_batch_tokens // self.config.train_seq_len
         first, per_rank = step * seqs + dist.rank * (seqs // dist.world_size), seqs // dist.world_size
         for sequence in range(first, first + per_rank, self.config.micro_batch_tokens // length):
             tokens = self.read(sequence * length, self.config.micro_batch_tokens + 1)
-            tokens = torch.from_numpy(tokens.astype(np.int64)).to(dist.device)
+            tokens = torch.from_numpy(tokens.astype(np.int64))
+            if dist.device.type == "cuda":
+                tokens = tokens.pin_memory().to(dist.device, non_blocking=True)
             yield tokens[:-1].view(-1, length), tokens[1:].view(-1, length)
 
 class TokenBytes:
@@ -305,9 +316,9 @@ class TokenBytes:
         self.base = np.where(self.control, 0, np.where([tokenizer.is_byte(i) for i in ids], 1, lengths))
 
     def count(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes of the targets tokens[1:], each given the token before it: int [N + 1] -> int64 [N].
-        A piece counts its UTF-8 bytes; a leading U+2581 is a space, but nothing behind a control token, where decoding
-        drops it; a byte token is one byte, a control token none. They add up to the normalised text's."""
+        """Bytes of the targets tokens[1:], each given the token before: int [N + 1] -> int64 [N]. A piece counts its
+        UTF-8 bytes; a leading U+2581 is a space, but nothing behind a control token, where decoding drops it; a byte
+        token is one byte, a control token none. They add up to the normalised text's."""
         previous, target = tokens[:-1], tokens[1:]
         return self.base[target] + (self.leading_space[target] & ~self.control[previous])
 
@@ -322,14 +333,14 @@ def load_tokenizer(config: Config) -> spm.SentencePieceProcessor:
     return tokenizer
 
 # ------------------------------ Model
-# Pre-norm transformer, weightless RMSNorm, no biases. Master weights are fp32, cast where they are used: products and
-# residual stream run in compute_dtype, optimiser and averaging see full precision.
+# Pre-norm transformer, weightless RMSNorm, no biases. Weights are fp32, cast where they are used: products and residual
+# stream run in compute_dtype.
 
 def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 class Linear(nn.Linear):
-    """y = x W^T, the fp32 master weight cast to the input's dtype."""
+    """y = x W^T, the weight cast to the input's dtype."""
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
@@ -368,20 +379,86 @@ class Attention(nn.Module):
         kv_dim = dim // self.heads * self.kv_heads
         self.c_q, self.c_k, self.c_v, self.proj = (Linear(dim, n, bias=False) for n in (dim, kv_dim, kv_dim, dim))
         self.q_gain = nn.Parameter(torch.full((self.heads, 1), config.qk_gain_init))
+        self.back_end = BACK_ENDS.get(config.attention, attend_by_products)
 
-    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
-        B, T, D = x.shape
-        q = rotate(rms_norm(self.c_q(x).view(B, T, self.heads, -1)), rope) * self.q_gain.to(x.dtype)  # (B, T, H, E)
-        k = rotate(rms_norm(self.c_k(x).view(B, T, self.kv_heads, -1)), rope)  # (B, T, K, E)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, self.c_v(x).view(B, T, self.kv_heads, -1)))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, H, T, E), scale 1/sqrt(E)
-        return self.proj(y.transpose(1, 2).reshape(B, T, D))
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor, at: Tensor | None) -> Tensor:
+        asking, rope_q = (x, rope) if at is None else (x.take_along_dim(at[..., None], 1), rope[:, at])
+        q, k, v = (matrix(t).unflatten(-1, (heads, -1)) for matrix, t, heads in (
+            (self.c_q, asking, self.heads), (self.c_k, x, self.kv_heads), (self.c_v, x, self.kv_heads)))
+        q = rotate(rms_norm(q), rope_q) * self.q_gain.to(x.dtype)  # (B, S, H, E)
+        k = rotate(rms_norm(k), rope)  # (B, T, K, E)
+        y = self.back_end(q, k, v, mask) if at is None else attend_by_products(q, k, v, mask[at][:, None, None])
+        return self.proj(y.flatten(2))
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotary embedding of x (B, T, heads, E): dimension i pairs with i + E/2. rope: cos and sin (2, L, 1, E/2)."""
-    cos, sin = rope[:, : x.size(1)].to(x.dtype)
+    """Rotary embedding of x (B, T, heads, E): dimension i pairs with i + E/2. rope: cos, sin (2, [B,] T, 1, E/2)."""
+    cos, sin = rope.to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of q (B, S, H, E) to k, v (B, T, K, E): (B, S, H, E). mask: causal_mask, or its rows for the queries
+    (B, 1, 1, S, T). Written out, by blocks of queries that leave out most later keys: on CPUs in bf16 two to three times
+    as fast as PyTorch's kernel."""
+    q = (q * q.size(-1) ** -0.5).unflatten(2, (k.size(2), -1)).permute(0, 2, 3, 1, 4)  # (B, K, H/K, S, E)
+    k, v, size, parts = k.transpose(1, 2), v.transpose(1, 2), max(128, k.size(1) // 8), []
+    for first, part in zip(range(0, q.size(3), size), q.split(size, dim=3)):
+        end = k.size(2) if mask.ndim > 2 else first + size
+        scores = (part.flatten(2, 3) @ k[:, :, :end].mT).unflatten(2, part.shape[2:4])  # (B, K, H/K, size, end)
+        scores = scores + mask[..., first : first + size, :end]
+        parts.append((scores.softmax(-1).flatten(2, 3) @ v[:, :, :end]).view(part.shape))
+    return torch.cat(parts, 3).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+def attend_by_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The same with PyTorch's kernels; transposing moves no data."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+def attend_by_fa3(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The same with FlashAttention 3 (arXiv:2407.08608), if it is installed."""
+    from flash_attn_interface import flash_attn_func
+    y = flash_attn_func(q, k, v, causal=True)
+    return y[0] if isinstance(y, tuple) else y  # some versions return more
+
+BACK_ENDS = dict(fa3=attend_by_fa3, cudnn=attend_by_sdpa, flash=attend_by_sdpa, products=attend_by_products)
+
+def causal_mask(config: Config) -> Tensor:
+    """(L, L): 0, and -inf for keys after the query."""
+    return torch.full([config.train_seq_len] * 2, -math.inf, dtype=DTYPES.get(config.compute_dtype)).triu(1)
+
+def choose_attention(config: Config, dist: Dist, log: Log) -> str:
+    """ATTENTION; instead of "auto" the fastest of BACK_ENDS that works on this GPU and agrees with the written out one,
+    forwards and backwards at this run's sizes. On CPUs that one is the fastest (benchmarks/step.py)."""
+    automatic, seconds, expected = config.attention == "auto", {"products": math.inf}, []
+    for name in reversed(BACK_ENDS) if automatic and dist.device.type == "cuda" and not config.deterministic else ():
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(8, config.train_seq_len, heads, config.model_dim // config.num_heads, requires_grad=True,
+                               device=dist.device, dtype=DTYPES[config.compute_dtype])
+                   for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads))
+        mask, times = causal_mask(config).to(dist.device), []
+        allow_kernel(name)
+        try:
+            for _ in range(8):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                y = BACK_ENDS[name](q, k, v, mask)
+                found = [y, *torch.autograd.grad(y, (q, k, v), torch.ones_like(y))]
+                torch.cuda.synchronize()
+                times.append(time.perf_counter() - start)
+            expected = expected or found
+            if all((a - b).norm() < 0.02 * b.norm() for a, b in zip(found, expected)):
+                seconds[name] = min(times)
+        except Exception as reason:  # whatever a package or kernel raises that does not suit this machine
+            log(f"attention {name}: {reason!r:.100}")
+    choice = dist.from_master(min(seconds, key=seconds.get)) if automatic else config.attention
+    allow_kernel(choice)
+    log(f"attention:{choice} of {seconds}", event="attention", choice=choice, seconds=seconds)
+    return choice
+
+def allow_kernel(name: str) -> None:
+    """Leaves attend_by_sdpa one kernel."""
+    for kernel in ("flash", "cudnn", "mem_efficient", "math") if name in ("flash", "cudnn") else ():
+        getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(kernel == name)
 
 class MLP(nn.Module):
     """proj(relu(fc(x))^2): squared ReLU (Primer, arXiv:2109.08668)."""
@@ -402,10 +479,12 @@ class Block(nn.Module):
         self.attn_scale, self.mlp_scale = nn.Parameter(ones.clone()), nn.Parameter(ones.clone())
         self.resid_mix = nn.Parameter(torch.stack((ones, 0 * ones)))  # shares of x and of x0
 
-    def forward(self, x: Tensor, x0: Tensor, rope: Tensor) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, rope: Tensor, mask: Tensor, at: Tensor | None = None) -> Tensor:
+        """x, x0 (B, T, D) -> (B, T, D), or (B, S, D) for the positions at (B, S)."""
         mix = self.resid_mix.to(x.dtype)
-        x = mix[0] * x + mix[1] * x0  # (B, T, D)
-        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x), rope)
+        x = mix[0] * x + mix[1] * x0
+        attended = self.attn(rms_norm(x), rope, mask, at)
+        x = (x if at is None else x.take_along_dim(at[..., None], 1)) + self.attn_scale.to(x.dtype) * attended
         return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x))
 
 class GPT(nn.Module):
@@ -422,13 +501,14 @@ class GPT(nn.Module):
         frequency = config.rope_base ** (-torch.arange(half, dtype=torch.float32) / half)
         angle = torch.outer(torch.arange(config.train_seq_len, dtype=torch.float32), frequency)[:, None]  # (L, 1, E/2)
         self.register_buffer("rope", torch.stack((angle.cos(), angle.sin())), persistent=False)
+        self.register_buffer("mask", causal_mask(config), persistent=False)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """Orthogonal matrices (arXiv:1312.6120), zero output projections, small embeddings; the rest as declared above.
-        PR #264's 1/sqrt(2 * layers) was meant for output projections. Those start at zero, so it only reached the
-        bigram projection. That must not be zero: it and its table would never move."""
+        PR #264's 1/sqrt(2 * layers) was meant for the output projections, which are zero: it only reaches the bigram
+        projection, which must not be, or it and its table would never move."""
         nn.init.normal_(self.tok_emb.weight, std=0.005)
         nn.init.zeros_(self.bigram.embed.weight)
         nn.init.orthogonal_(self.bigram.proj.weight, gain=1 / math.sqrt(2 * self.config.num_layers))
@@ -438,26 +518,41 @@ class GPT(nn.Module):
             for matrix in (block.attn.proj, block.mlp.proj):
                 nn.init.zeros_(matrix.weight)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = rms_norm(self.tok_emb(tokens).to(self.dtype) + self.bigram(tokens, self.dtype))  # (B, T, D)
-        x = x0 = self.smear(x)
-        skips, num_skips = [], len(self.skip_weights)
+    def embed(self, tokens: Tensor) -> Tensor:
+        """int64 [B, T] -> (B, T, D)."""
+        return self.smear(rms_norm(self.tok_emb(tokens).to(self.dtype) + self.bigram(tokens, self.dtype)))
+
+    def hidden(self, tokens: Tensor, at: Tensor | None) -> Tensor:
+        """int64 [B, T] -> (B, T, D), or (B, S, D) for the positions at (B, S): the last block's queries and MLP and the
+        head leave out the others."""
+        x0, last, num_skips = self.embed(tokens), len(self.blocks) - 1, len(self.skip_weights)
+        rope, mask = self.rope[:, : x0.size(1)], self.mask[: x0.size(1), : x0.size(1)]
+        x, skips = x0.view_as(x0), []  # another object: blocks are then compiled alike
         for index, block in enumerate(self.blocks):
             if index >= num_skips and skips:
                 x = x + self.skip_weights[index - num_skips].to(x.dtype) * skips.pop()
-            x = block(x, x0, self.rope)
+            x = block(x, x0, rope, mask, at if index == last else None)
             if index < num_skips:
                 skips.append(x)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
         logits = F.linear(rms_norm(x), self.tok_emb.weight.to(x.dtype)).float()  # fp32 from the product on
         return self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
 
-def token_nll(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
-    """Nats of each target: int64 [B, T] twice -> fp32 [B, T], in training, validation and adaptation alike."""
-    return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    def nll(self, x: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.logits(self.hidden(tokens, None))
+
+def token_nll(model: GPT, tokens: Tensor, targets: Tensor, at: Tensor | None = None) -> Tensor:
+    """Nats of each target: int64 [B, T] and [B, S] -> fp32 [B, S], in training, validation and adaptation alike."""
+    return model.nll(model.hidden(tokens, at), targets)
 
 # ------------------------------ Optimiser
-# Muon for the matrices inside the model, AdamW for embeddings and everything per-dimension. Each rank has
-# its own sequences' gradient; these add up once a step, in one buffer.
+# Muon for the matrices inside the model, AdamW for embeddings and everything per-dimension. The ranks' gradients add up
+# once a step, in one buffer.
 
 class FlatGradients:
     """One buffer for all gradients; each .grad is a view of it, which zero_grad() would drop."""
@@ -474,25 +569,26 @@ class FlatGradients:
             self.flat.mul_((max_norm / (self.flat.norm() + 1e-6)).clamp(max=1.0))
 
 def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
-    """Moves the singular values of each [..., rows, cols] near 1 (0.7 to 1.2 after 5 steps), in bf16 on GPUs: Muon's
-    quintic iteration (Keller Jordan et al., kellerjordan.github.io/posts/muon)."""
+    """Moves the singular values of each [n, rows, cols] near 1 (0.7 to 1.2 after 5 steps): Muon's quintic iteration
+    (Keller Jordan et al., kellerjordan.github.io/posts/muon)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices  # the Gram matrix below is then the smaller one
-    x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if tall else x
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised; decoupled weight decay; for 2-D parameters only:
     W <- (1 - lr * weight_decay) * W - lr * sqrt(max(1, rows / cols)) * newton_schulz(g + momentum * buffer).
-    Matrices of one shape are orthogonalised together, each rank its share of them."""
-    def __init__(self, params, lr: float, momentum: float, weight_decay: float = 0.0, steps: int = 5, *, dist=None):
+    Matrices of one shape are orthogonalised together in dtype, each rank its share of them."""
+    def __init__(self, params, lr: float, momentum: float, weight_decay: float = 0.0, steps: int = 5, *, dist=None,
+                 dtype: torch.dtype = torch.float32):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps))
-        self.dist = dist or Dist()
+        self.dist, self.dtype = dist or Dist(), dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -509,14 +605,20 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(params, updates, alpha=-group["lr"])
 
     def orthogonalize(self, updates: list[Tensor], steps: int) -> list[Tensor]:
-        """Orthogonal updates, fp32: each rank fills its share of a zeroed buffer, then they add up."""
-        flat = torch.zeros(sum(u.numel() for u in updates), device=updates[0].device)
-        results = [view.view_as(u) for u, view in zip(updates, flat.split([u.numel() for u in updates]))]
+        """Orthogonal updates, fp32. While those of one shape travel between ranks, the next are computed."""
+        results, started = list(updates), []
         for rows, cols in dict.fromkeys(u.shape for u in updates):
-            if mine := self.dist.mine([i for i, u in enumerate(updates) if u.shape == (rows, cols)]):
-                for index, matrix in zip(mine, newton_schulz(torch.stack([updates[i] for i in mine]), steps)):
-                    results[index].copy_(matrix * max(1.0, rows / cols) ** 0.5)
-        self.dist.sum_(flat)
+            indices = [i for i, u in enumerate(updates) if u.shape == (rows, cols)]
+            share = -(-len(indices) // self.dist.world_size)
+            mine = indices[self.dist.rank * share :][:share]
+            part = updates[0].new_zeros(share, rows, cols, dtype=self.dtype)
+            if mine:
+                part[: len(mine)] = newton_schulz(torch.stack([updates[i] for i in mine]).to(self.dtype), steps)
+            started.append((indices, max(1.0, rows / cols) ** 0.5, *self.dist.start_gathering(part)))
+        for indices, scale, whole, wait in started:
+            wait()
+            for index, matrix in zip(indices, scale * whole.float()):
+                results[index] = matrix
         return results
 
 def build_optimizers(model: GPT, config: Config, dist: Dist) -> list[torch.optim.Optimizer]:
@@ -527,7 +629,7 @@ def build_optimizers(model: GPT, config: Config, dist: Dist) -> list[torch.optim
     controls = [p for m in others for p in m.parameters(recurse=False)]  # mixes, gains, scales, whatever their shape
     assert sorted(map(id, matrices + tables + controls)) == sorted(map(id, model.parameters()))
     decay, steps = config.weight_decay, config.muon_backend_steps
-    muon = Muon(matrices, config.matrix_lr, config.muon_momentum, decay, steps, dist=dist)
+    muon = Muon(matrices, config.matrix_lr, config.muon_momentum, decay, steps, dist=dist, dtype=model.dtype)
     groups = [dict(params=tables, lr=config.tied_embed_lr), dict(params=controls, lr=config.scalar_lr)]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay, fused=True)
     for group in muon.param_groups + adamw.param_groups:
@@ -535,9 +637,8 @@ def build_optimizers(model: GPT, config: Config, dist: Dist) -> list[torch.optim
     return [muon, adamw]
 
 # ------------------------------ Schedule
-# Pure functions of the step and the training seconds that all ranks share; the budget nearer its end decides.
-# Its shares are those of PR #264's own run (3000 and 1500 of 5197 steps): the schedule keeps its shape on slower
-# machines and in small runs.
+# Pure functions of step and training seconds; the budget nearer its end decides. Its shares are those of PR #264's own
+# run (3000 and 1500 of 5197 steps), so that slower machines and small runs keep its shape.
 WARMDOWN_MAX_SHARE, MOMENTUM_WARMUP_MAX_SHARE = 0.58, 0.29
 
 def lr_factor(step: int, elapsed_s: float, config: Config) -> float:
@@ -559,6 +660,7 @@ def muon_momentum(step: int, elapsed_s: float, config: Config) -> float:
     return start + min(progress, 1.0) * (config.muon_momentum - start)
 
 # ------------------------------ Training
+CLOCK_STEPS = 10  # between readings of the clock
 
 @dataclass
 class Run:
@@ -571,11 +673,12 @@ class Run:
     grads: FlatGradients
     reserve_s: float = 0.0  # training time kept for error_moments
 
-def train_step(run: Run, stream: TokenStream, optimizers: list, step: int, factor: float, momentum: float) -> Tensor:
-    """One optimiser step, all learning rates times factor. Returns this rank's part of the mean loss, fp32 []."""
+def train_step(run: Run, batch: list, optimizers: list, factor: float, momentum: float) -> Tensor:
+    """One optimiser step on this rank's micro-batches, all learning rates times factor. Returns its part of the mean
+    loss, fp32 []. The host never waits for the device."""
     loss = torch.zeros((), device=run.dist.device)
     run.grads.flat.zero_()
-    for inputs, targets in stream.micro_batches(step, run.dist):
+    for inputs, targets in batch:
         part = run.nll(run.model, inputs, targets).sum() / run.config.train_batch_tokens
         part.backward()
         loss += part.detach()
@@ -589,23 +692,29 @@ def train_step(run: Run, stream: TokenStream, optimizers: list, step: int, facto
     return loss
 
 def train(run: Run, stream: TokenStream, optimizers: list, validate: Callable[..., None]) -> tuple[WeightAverage, dict]:
-    """Trains until steps or seconds are used up; returns the average of the weights and how far it came. Validation is
-    not training time. No step starts that would end late if it took the longest of the last ten."""
+    """Trains until steps or seconds are used up; returns the average of the weights and how far it came. The clock, for
+    which the host waits, is read every CLOCK_STEPS steps, near the end at each one, and estimated in between. No step
+    starts that would end late if it took the longest mean of the last ten readings."""
     limit, average = run.config.max_wallclock_seconds - run.reserve_s, WeightAverage(run.model)
     config = replace(run.config, max_wallclock_seconds=limit)
-    step, elapsed, durations, start = 0, 0.0, [0.0], run.dist.now()  # start moves on by what is not training
-    while step < config.iterations and not 0 < limit < elapsed + max(durations[-10:]):
+    step, elapsed, looked, step_s, start = 0, 0.0, (0, 0.0), [0.0], run.dist.now()  # validation moves start
+    batch = list(stream.micro_batches(0, run.dist))
+    while step < config.iterations and not 0 < limit < elapsed + max(step_s):
         if config.val_loss_every and step and step % config.val_loss_every == 0:
             validate(f"step:{step}/{config.iterations}", event="val", step=step, train_s=elapsed)
             start = run.dist.now() - elapsed
         factor, momentum = lr_factor(step, elapsed, config), muon_momentum(step, elapsed, config)
-        loss = train_step(run, stream, optimizers, step, factor, momentum)
-        step += 1
+        loss = train_step(run, batch, optimizers, factor, momentum)
+        batch = list(stream.micro_batches(step + 1, run.dist))  # on its way while the device works
+        step, elapsed = step + 1, elapsed + step_s[-1]
         if config.swa_enabled and factor < config.swa_start_frac and step % config.swa_every == 0:
             average.add()
-        durations.append(run.dist.now() - start - elapsed)
-        elapsed += durations[-1]
-        if step <= 5 or step % config.train_log_every == 0:
+        logging = step <= 5 or step % config.train_log_every == 0
+        ahead, validating = step - looked[0], config.val_loss_every and step % config.val_loss_every == 0
+        if logging or validating or ahead == CLOCK_STEPS or 0 < limit < elapsed + 10 * ahead * max(step_s):
+            elapsed = run.dist.now() - start
+            step_s, looked = step_s[-9:] + [(elapsed - looked[1]) / ahead], (step, elapsed)
+        if logging:
             loss = run.dist.sum_(loss).item()
             run.log(f"step:{step}/{config.iterations} train_loss:{loss:.4f} train_time:{1000 * elapsed:.0f}ms "
                     f"step_avg:{1000 * elapsed / step:.2f}ms", event="train", step=step, train_loss=loss,
@@ -615,12 +724,13 @@ def train(run: Run, stream: TokenStream, optimizers: list, validate: Callable[..
     return average, progress
 
 def warm_up(run: Run, stream: TokenStream | None, optimizers: list, evaluator: Evaluator) -> None:
-    """Compiles and tunes all that the run will execute, times error_moments, then restores weights and optimiser state
-    bit for bit. Training steps run on training tokens (none without a stream, for ARTIFACT=...), scoring and adapting
-    on random ones: no validation token is seen. The position in the data is a function of the step."""
+    """Compiles all that the run will execute, times error_moments, then restores weights and optimiser state bit for
+    bit. Training steps run on training tokens (none without a stream, for ARTIFACT=...), scoring and adapting on random
+    ones: no validation token is seen."""
     saved = [parameter.detach().clone() for parameter in run.model.parameters()]
     for step in range(run.config.warmup_steps if stream else 0):
-        train_step(run, stream, optimizers, step, 1.0, run.config.muon_momentum_warmup_start)
+        batch = list(stream.micro_batches(step, run.dist))
+        train_step(run, batch, optimizers, 1.0, run.config.muon_momentum_warmup_start)
         run.log(f"warmup_step:{step + 1}/{run.config.warmup_steps}")
     if stream:
         start, most = run.dist.now(), run.config.max_wallclock_seconds / 8
@@ -636,8 +746,8 @@ def warm_up(run: Run, stream: TokenStream | None, optimizers: list, evaluator: E
 # ------------------------------ Averaging
 
 class WeightAverage:
-    """Uniform mean of the weights late in training (SWA, arXiv:1803.05407), summed in fp32. PR #264 added bf16
-    parameters up in bf16, which loses more than averaging gains."""
+    """Uniform mean of the weights late in training (SWA, arXiv:1803.05407), summed in fp32: in bf16, as in PR #264, it
+    loses more than it gains."""
     def __init__(self, model: nn.Module):
         self.parameters, self.count = list(model.parameters()), 0
         self.sums = [torch.zeros_like(p) for p in self.parameters]
@@ -653,9 +763,9 @@ class WeightAverage:
             torch._foreach_copy_(self.parameters, torch._foreach_div(self.sums, self.count))
 
 # ------------------------------ Artifact
-# A file that needs only this script and the tokenizer: magic and version; SHA-256 of the rest; size (uint32) and zstd
-# frame of a JSON header (model settings, table of tensors), fp16 tensors and steps of matrices, and what the entropy
-# coder needs; the matrices' values, entropy-coded. Tables are matrices here. Nothing in it is executed, no pickle.
+# A file that needs only this script and the tokenizer, and executes nothing: magic and version; SHA-256 of the rest; size
+# (uint32) and zstd frame of a JSON header (model settings, tensors), fp16 tensors and steps, and what the entropy coder
+# needs; the matrices' values, entropy-coded. Tables are matrices here.
 ARTIFACT_MAGIC = b"PGOLFGPT\x02"
 MAX_STORED_VALUES = 2**26  # two bits each in 16 MB: a file cannot ask for all memory
 MODEL_SETTINGS = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult bigram_vocab_size bigram_dim
@@ -675,8 +785,7 @@ def tensor_table(config: Config) -> list[list]:
 def error_moments(run: Run, stream: TokenStream, first_step: int, seconds: float = math.inf) -> dict:
     """What errors in a matrix cost: {name: (G^T G [cols, cols], sums of G^2 by row [rows])}, G the loss gradients of
     micro-batches of GPTQ_BATCHES steps, or of what fits into seconds; fp32, the same on all ranks. G^T G is Shampoo's
-    factor (arXiv:1802.09568): X^T X weighed by how much each token's output matters. Published GPTQ has X^T X, which
-    does not say that and needs hooks."""
+    factor (arXiv:1802.09568): published GPTQ's X^T X, weighed by how much each token's output matters, without hooks."""
     matrices = {name: p for name, p in run.model.named_parameters() if name.endswith(".weight")}
     moments = {name: (p.new_zeros(p.size(1), p.size(1)), p.new_zeros(p.size(0))) for name, p in matrices.items()}
     start, elapsed, batches = run.dist.now(), 0.0, 0
@@ -696,9 +805,8 @@ def error_moments(run: Run, stream: TokenStream, first_step: int, seconds: float
 def quantize(matrix: Tensor, steps: Tensor, bits: int, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Rounds fp32 [rows, cols] to whole numbers of steps, from -2**(bits-1) to 2**(bits-1) - 1: int8, and steps fp16
     [rows], 0 for zeros. Each row takes the one of its steps [choices, rows] of least error e: e^T moment e, or e^T e.
-    With a moment, columns not yet rounded make up for what rounding the others costs (GPTQ, arXiv:2210.17323: damped
-    by 1 % of the mean, descending diagonal, blocks of 128). Choosing pays where few columns cost most, as in
-    the tied embedding: some step nearly divides their weights."""
+    With a moment, columns not yet rounded make up for the others' errors (GPTQ, arXiv:2210.17323: damped by 1 % of the
+    mean, descending diagonal, blocks of 128). Where few columns cost most, some step nearly divides their weights."""
     lowest, highest, order, inverse = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, torch.arange(matrix.size(1)), None
     if moment is not None:
         by_power = moment.diagonal().argsort(descending=True)
@@ -706,7 +814,7 @@ def quantize(matrix: Tensor, steps: Tensor, bits: int, moment: Tensor | None = N
         lower, failed = torch.linalg.cholesky_ex(moment[by_power][:, by_power] + damping)
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)  # U^T U = inverse
-        if not failed and torch.isfinite(upper).all():  # else beyond repair by damping: never lose a run over it
+        if not failed and torch.isfinite(upper).all():  # else: never lose a run over it
             order, inverse = by_power, upper
     steps = steps.clamp(max=65504).half().float()
     step, divisor, error = steps.flatten(), steps.where(steps > 0, 1.0).flatten(), torch.zeros_like(steps).flatten()
@@ -748,11 +856,6 @@ def encode_artifact(state_dict: Mapping[str, Tensor], config: Config, *, moments
         finest, _, cost, _ = rows[name]
         return torch.fmax(finest, (2 ** (price / 1024 - 100) * (price > 0) / cost).sqrt())  # fmax: 0 / 0 is nan
 
-    def predict(price: int) -> float:  # bytes, log2(1 + power / rounding's 1/12) / 2 bits a value; ranks must agree
-        ratios = {name: (rows[name][1] / first_guess(name, price) ** 2).nan_to_num(0, 0) for name in rows}
-        return dist.from_master(sum(tensors[name].size(1) / 16 * (1 + 12 * ratio).log2().sum().item()
-                                    for name, ratio in ratios.items()))
-
     def make(price: int) -> bytes:
         stored, values = {name: w.half() for name, w in tensors.items()}, {}
         for name in rows:
@@ -767,20 +870,17 @@ def encode_artifact(state_dict: Mapping[str, Tensor], config: Config, *, moments
             dist.sum_(stored[name])
         return dist.from_master(pack_artifact(config, stored, values) if dist.is_master else b"")
 
-    return largest_below(limit, make, predict)
+    return largest_below(limit, make)
 
-def largest_below(limit: int | None, make: Callable[[int], bytes], predict: Callable[[int], float]) -> bytes:
-    """make(0) if shorter than limit, else the longest make(price) found that is, if possible within FIT_SLACK of it. A
-    higher price, up to 200 * 1024, trades quality for bytes. predict(price), about the length, proposes the next one
-    between the last too low and the last high enough. If none is high enough: make of the highest."""
-    price, data, low, high, tries = 0, make(0), 0, 200 * 1024, 0
-    if limit is None or len(data) < limit:
-        return data
+def largest_below(limit: int | None, make: Callable[[int], bytes]) -> bytes:
+    """make(0) if shorter than limit, else the longest make(price) found that is, if possible within FIT_SLACK of it; if
+    none is, that of the highest. A higher price, up to 200 * 1024, trades quality for bytes."""
+    low, high, best = 0, 200 * 1024, make(0)
+    if limit is None or len(best) < limit:
+        return best
     best = make(high)
     while high - low > 1 and limit - len(best) > FIT_SLACK:
-        wanted, tries = limit - FIT_SLACK / 2 - len(data) + predict(price), tries + 1
-        price = bisect_left(range(high), -wanted, low + 1, key=lambda price: -predict(price))
-        price = price if price < high and tries < 8 else (low + high) // 2
+        price = (low + high) // 2
         data = make(price)
         if len(data) < limit:
             high, best = price, max(best, data, key=len)
@@ -789,8 +889,8 @@ def largest_below(limit: int | None, make: Callable[[int], bytes], predict: Call
     return best
 
 def symbol_frequencies(symbols: np.ndarray) -> np.ndarray:
-    """uint16 symbols [n], 256 * class + byte -> uint16 [64, 256]: in proportion to the counts within each class, in sum
-    2**CODER_BITS; no byte that occurs has 0."""
+    """uint16 symbols [n], 256 * class + byte -> uint16 [64, 256]: in proportion to the counts of each class, in sum
+    2**CODER_BITS; 0 only for what does not occur."""
     counts = np.bincount(symbols, minlength=64 * 256).reshape(64, 256)
     total, spare = counts.sum(1, keepdims=True), 2**CODER_BITS - np.count_nonzero(counts, axis=1)[:, None]
     frequencies = (counts > 0) + counts * spare // np.maximum(total, 1)
@@ -798,10 +898,10 @@ def symbol_frequencies(symbols: np.ndarray) -> np.ndarray:
     return frequencies.astype("<u2")
 
 def entropy_encode(symbols: np.ndarray, frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes symbols of symbol_frequencies to states uint32 [lanes] and words uint16. rANS (Duda, arXiv:1311.2540),
-    interleaved (Giesen, arXiv:1402.3392): symbol i belongs to lane i % lanes, numpy works on all lanes at once. A lane
-    is a number in [2**16, 2**32) that takes up each symbol's information; before it would overflow, its lower half
-    becomes a word. Encoding runs backwards, decoding forwards."""
+    """Symbols of symbol_frequencies -> states uint32 [lanes], words uint16. rANS (Duda, arXiv:1311.2540), interleaved
+    (Giesen, arXiv:1402.3392): symbol i is lane i % lanes', numpy works on all lanes at once. A lane is a number in
+    [2**16, 2**32) that takes up each symbol's information; before it would overflow, its lower half becomes a word.
+    Encoding runs backwards, decoding forwards."""
     lanes, frequency = max(1, min(1024, len(symbols) // 2048)), frequencies.ravel().astype(np.uint64)
     below = (np.cumsum(frequency) - frequency) % 2**CODER_BITS  # in its class
     states, words = np.full(lanes, 2**16, np.uint64), [np.empty(0, "<u2")]
@@ -907,24 +1007,22 @@ def decode_artifact(data: bytes) -> tuple[Config, dict[str, Tensor]]:
     return config, weights | {name: value * weights[name][:, None] for name, value in values.items()}
 
 # ------------------------------ Evaluation
-# Score, then adapt. The split is taken in chunks of C targets, in order. Each is scored with weights that have seen
-# nothing but the artifact and earlier chunks; only then may SGD train on it. So the distribution for a token depends
+# Score, then adapt. The split is taken in chunks of C targets, in order (PR #549). Each is scored with weights that have
+# seen nothing but the artifact and earlier chunks; only then may SGD train on it. So the distribution for a token depends
 # only on the artifact and on tokens before it, is normalised over the vocabulary, and is final before any update that
-# uses it: the challenge's four conditions (openai/parameter-golf issues #402, #677, #1017). The chunks are PR #549's;
-# PR #264 trained on the whole split first and scored text the model had already seen.
+# uses it: the challenge's conditions (openai/parameter-golf issues #402, #677, #1017). PR #264 trained on it all first.
 
 def sliding_windows(num_targets: int, seq_len: int, stride: int) -> np.ndarray:
     """Windows that score each of num_targets targets once, in order: int64 [W, 3] of start (inputs are tokens
     [start, start + seq_len)), first scored target, end of the scored targets. Target p is token p + 1. The first window
-    scores all its targets, a later one those from start + seq_len - stride on, and exists if that is below
-    num_targets. The last may be cut."""
+    scores all its targets, a later one those from start + seq_len - stride on, if there are any."""
     starts = np.arange(0, max(num_targets - seq_len + stride, min(num_targets, 1)), stride, dtype=np.int64)
     first = np.where(starts == 0, 0, starts + seq_len - stride)
     return np.stack((starts, first, np.minimum(starts + seq_len, num_targets)), axis=1)
 
 def plan_chunks(num_targets: int, seq_len: int, stride: int, chunk_tokens: int) -> list[np.ndarray]:
-    """The windows of each chunk, in order: a window belongs to the chunk of its *first* scored target. Not its last:
-    what a straddling window scores before the edge would be trained on before it is scored."""
+    """The windows of each chunk: a window belongs to the chunk of its *first* scored target. By its last one, what a
+    straddling window scores before the edge would be trained on before it is scored."""
     windows = sliding_windows(num_targets, seq_len, stride)
     return np.split(windows, np.flatnonzero(np.diff(windows[:, 1] // chunk_tokens)) + 1)
 
@@ -941,7 +1039,8 @@ class Evaluator:
         self.tokens = torch.from_numpy(padded).to(self.dist.device)
         self.offsets = torch.arange(length, device=self.dist.device)
         per_row = length * self.dist.world_size  # the numbers of rows are fixed, so that each graph compiles once
-        self.val_rows = max(1, min(self.config.val_batch_size // per_row, -(-self.num_targets // per_row)))
+        val_rows = max(1, min(self.config.val_batch_size // per_row, -(-self.num_targets // per_row)))
+        self.plain = val_rows, length  # rows and stride of validation
         self.adapt_rows = min(-(-self.config.ttt_chunk_tokens // per_row), self.config.micro_batch_tokens // length)
         self.epochs = self.config.ttt_epochs if self.config.ttt_enabled else 0
 
@@ -950,66 +1049,64 @@ class Evaluator:
         total = float(nats.sum(dtype=np.float64))
         return total / len(nats), total / math.log(2) / int(self.bytes_before[len(nats)])
 
-    def gather(self, starts: np.ndarray, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Positions, inputs, targets of sequences at starts, int64 [rows, L]; missing rows start at 0."""
-        starts = torch.from_numpy(np.pad(starts, (0, rows - len(starts)))).to(self.tokens.device)
-        positions = starts[:, None] + self.offsets
-        return positions, self.tokens[positions].long(), self.tokens[positions + 1].long()
+    def tokens_at(self, positions: Tensor) -> Tensor:
+        return self.tokens[positions].long()
 
     @torch.no_grad()
-    def score(self, windows: np.ndarray, rows: int) -> np.ndarray:
+    def score(self, windows: np.ndarray, rows: int, stride: int) -> np.ndarray:
         """Nats of the targets that consecutive windows of sliding_windows score with the current weights: fp32
-        [targets], on every rank. The ranks share the windows, `rows` at a time."""
-        begin, count, mine = int(windows[0, 1]), int(windows[-1, 2] - windows[0, 1]), self.dist.mine(windows)
-        nats = torch.zeros(count + 1, device=self.dist.device)  # the last slot takes context and padding
-        for batch in (mine[i : i + rows] for i in range(0, len(mine), rows)):
-            positions, inputs, targets = self.gather(batch[:, 0], rows)
-            nll = self.run.nll(self.run.model, inputs, targets)
-            scored = torch.from_numpy(np.pad(batch[:, 1:], ((0, rows - len(batch)), (0, 0)))).to(nats.device)
-            is_scored = (positions >= scored[:, :1]) & (positions < scored[:, 1:])  # padded rows score [0, 0)
-            nats.scatter_(0, torch.where(is_scored, positions - begin, count).flatten(), nll.flatten())
+        [targets], on every rank. The ranks share the windows, `rows` at a time, each asked for the `stride` positions it
+        scores; the split's first one, which scores them all, as often as it takes."""
+        (start, begin, end), count, length = windows[0], windows[-1, 2] - windows[0, 1], self.config.train_seq_len
+        firsts = np.arange(begin, end, stride)
+        pieces = np.stack((np.full_like(firsts, start), firsts, np.minimum(firsts + stride, end)), axis=1)
+        mine = self.dist.mine(np.concatenate((pieces, windows[1:])))
+        padded = np.pad(mine, ((0, -len(mine) % rows), (0, 0)))  # by windows [0, 0, 0), which score nothing
+        nats = torch.zeros(count + 1, device=self.dist.device)  # the last slot takes what is not to be scored
+        for batch in torch.from_numpy(padded).to(self.dist.device).split(rows) if len(mine) else ():
+            start, first, end = batch.T[..., None]
+            positions = first + self.offsets[:stride]
+            at = None if stride == length else (positions - start).clamp(max=length - 1)
+            nll = self.run.nll(self.run.model, self.tokens_at(start + self.offsets), self.tokens_at(positions + 1), at)
+            nats.scatter_(0, torch.where(positions < end, positions - int(begin), count).flatten(), nll.flatten())
         return self.dist.sum_(nats[:count]).cpu().numpy()
 
     def adapt(self, first: int, end: int, optimizer: torch.optim.Optimizer) -> None:
         """One SGD step on the mean loss of targets [first, end), all scored already."""
-        rows, length = self.adapt_rows, self.config.train_seq_len
-        mine = self.dist.mine(np.arange(first, end, length))
+        mine = self.dist.mine(torch.arange(first, end, self.config.train_seq_len, device=self.dist.device))
         self.run.grads.flat.zero_()
-        for batch in (mine[i : i + rows] for i in range(0, len(mine), rows)):
-            positions, inputs, targets = self.gather(batch, rows)
-            nll = self.run.nll(self.run.model, inputs, targets) * (positions < end)
-            (nll[: len(batch)].sum() / (end - first)).backward()
+        for starts in mine.split(self.adapt_rows) if len(mine) else ():
+            positions = F.pad(starts, (0, self.adapt_rows - len(starts)))[:, None] + self.offsets
+            nll = self.run.nll(self.run.model, self.tokens_at(positions), self.tokens_at(positions + 1))
+            ((nll * (positions < end))[: len(starts)].sum() / (end - first)).backward()
         self.run.grads.reduce_and_clip(self.dist, self.config.ttt_grad_clip)
         optimizer.step()
 
     def warm_up(self, with_validation: bool) -> None:
-        """Runs each graph of the evaluation once, on random tokens; leaves gradients behind."""
-        start, length, generator = self.dist.now(), self.config.train_seq_len, torch.Generator().manual_seed(0)
-        graphs = [(self.config.eval_batch_seqs, False)] + with_validation * [(self.val_rows, False)]
-        for rows, trains in graphs + (self.epochs > 0) * [(self.adapt_rows, True)]:
-            tokens = torch.randint(self.config.vocab_size, (rows, length), generator=generator).to(self.dist.device)
-            with torch.set_grad_enabled(trains):
-                nll = self.run.nll(self.run.model, tokens, tokens)
-            if trains:
-                nll.sum().backward()
-        self.dist.sum_(torch.zeros(1, device=self.dist.device))  # opens the communicators
-        self.warm_up_s = self.dist.now() - start  # part of the evaluation's time, wherever it happens
+        """Scores, validates and adapts once, every rank, on random tokens; leaves gradients behind."""
+        start, count, tokens = self.dist.now(), self.config.train_seq_len * self.dist.world_size, self.tokens
+        self.tokens = torch.randint(self.config.vocab_size, (2 * count + 1,), device=self.dist.device)
+        for rows, stride in ((self.config.eval_batch_seqs, self.config.eval_stride), *with_validation * [self.plain]):
+            self.score(sliding_windows(count, self.config.train_seq_len, stride), rows, stride)
+        if self.epochs:
+            self.adapt(0, count, torch.optim.SGD(self.run.model.parameters(), lr=0.0))
+        self.tokens, self.warm_up_s = tokens, self.dist.now() - start  # part of the evaluation's time, wherever it is
 
     def score_then_adapt(self, epochs: int, start: float) -> tuple[np.ndarray, int]:
-        """The pass over the split: score a chunk, take `epochs` SGD steps on it, go to the next. Returns nats fp32 [N]
-        and the number of chunks adapted on; leaves the model adapted. The last chunk is not trained: nothing is left to
-        score. Scoring is never cut; adaptation stops for good when one more and the rest of the scoring are projected,
-        once one-off costs are past, to end later than EVAL_MAX_SECONDS after start."""
+        """The pass over the split: score a chunk, take `epochs` SGD steps on it, go to the next; the last is not
+        trained. Returns nats fp32 [N] and the number of chunks adapted on. Scoring is never cut; adaptation stops for
+        good when one more and the rest of the scoring are projected, once one-off costs are past, to end later than
+        EVAL_MAX_SECONDS after start."""
         config, log, size = self.config, self.run.log, self.config.ttt_chunk_tokens
         chunks = plan_chunks(self.num_targets, config.train_seq_len, config.eval_stride, size)
-        last_of_split = max(1, -(-self.full_targets // size) - 1)  # also for a prefix, whose scores must be the same
-        sgd = torch.optim.SGD(self.run.model.parameters(), lr=config.ttt_lr, momentum=config.ttt_momentum)
+        last_of_split = max(1, -(-self.full_targets // size) - 1)  # also for a prefix: the same scores
+        sgd = torch.optim.SGD(self.run.model.parameters(), lr=config.ttt_lr, momentum=config.ttt_momentum, fused=True)
         nats, scored, total, adapting = np.zeros(self.num_targets, np.float32), 0, 0.0, epochs > 0
         score_s, adapt_s, last = [], [], self.dist.now() - start
         for index, windows in enumerate(chunks):
             begin, end = int(windows[0, 1]), int(windows[-1, 2])
             assert begin == scored  # each target once, in order
-            nats[begin:end] = self.score(windows, config.eval_batch_seqs)
+            nats[begin:end] = self.score(windows, config.eval_batch_seqs, config.eval_stride)
             scored, now, left = end, self.dist.now() - start, len(chunks) - index - 1
             score_s.append(now - last)
             total += float(nats[begin:end].sum(dtype=np.float64))
@@ -1048,17 +1145,19 @@ def settle(config: Config, dist: Dist) -> Config:
     per_rank, wanted = seqs // dist.world_size, config.micro_batch_tokens // length
     if wanted and per_rank % wanted:
         raise UserError(f"MICRO_BATCH_TOKENS={config.micro_batch_tokens} must divide {per_rank * length}, one rank's")
-    fitting = (98_304 if on_gpu else 4096) // length  # sequences; for a GPU's memory, a CPU's cache
+    fitting = (98_304 if on_gpu else 2048) // length  # sequences; for a GPU's memory, a CPU's cache
     micro = length * (wanted or max(n for n in range(1, per_rank + 1) if per_rank % n == 0 and n <= max(fitting, 1)))
-    if (dtype := config.compute_dtype) == "auto":  # bf16: twice as fast on CPUs with AMX, far slower without AVX-512
+    if (dtype := config.compute_dtype) == "auto":  # bf16: four times as fast on some CPUs, far slower on others
         squares = [torch.ones(256, 256, dtype=each) for each in DTYPES.values()]
         bf16_s, fp32_s = (min(timeit.repeat(lambda x=x: x @ x, number=1)) for x in squares)
         dtype = "bfloat16" if on_gpu or dist.from_master(1.5 * bf16_s < fp32_s) else "float32"
-    compiled = str(int(on_gpu)) if config.compile == "auto" else config.compile  # on two CPU cores: 165 s for no gain
+    long = config.iterations >= 500 and (config.max_wallclock_seconds or 60) >= 60  # earns back half a minute
+    automatic = "1" if on_gpu else "blocks" if long and shutil.which("g++") else "0"
+    compiled = automatic if config.compile == "auto" else config.compile
     return replace(config, device=dist.device.type, compute_dtype=dtype, compile=compiled, micro_batch_tokens=micro)
 
 def describe(log: Log, config: Config, dist: Dist, code: bytes) -> None:
-    """Logs what it takes to repeat the run: source, versions, hardware, settings."""
+    """Logs source, versions, hardware, settings."""
     if log.folder:
         (log.folder / "train_gpt.py").write_bytes(code)
         for name in ["submission.json"] + ([] if config.artifact else ["artifact.bin"]):
@@ -1074,12 +1173,19 @@ def describe(log: Log, config: Config, dist: Dist, code: bytes) -> None:
 
 def build_run(config: Config, dist: Dist, log: Log) -> Run:
     """Seeds torch, makes the model, the same on every rank, and its gradient buffer."""
-    torch.manual_seed(config.seed)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
         torch.use_deterministic_algorithms(True)
+    config = replace(config, attention=choose_attention(config, dist, log))
+    torch.manual_seed(config.seed)
     model = GPT(config).to(dist.device)
-    nll = torch.compile(token_nll, dynamic=False, fullgraph=True) if config.compile == "1" else token_nll
+    nll, compiled = token_nll, functools.partial(torch.compile, dynamic=False, fullgraph=True)
+    if config.compile == "1":
+        nll = compiled(token_nll)
+    elif config.compile == "blocks":  # all blocks share a graph: a tenth of the time to compile
+        model.embed, model.nll = compiled(model.embed), compiled(model.nll)
+        for block in model.blocks:
+            block.compile(dynamic=False, fullgraph=True)
     run = Run(config, dist, log, model, nll, FlatGradients(model))
     log(f"model_params:{run.grads.flat.numel()} weights_sha256 at the start, by rank: {dist.weight_digests(model)}")
     return run
@@ -1088,8 +1194,9 @@ def train_and_store(run: Run, stream: TokenStream, optimizers: list, evaluator: 
     """Trains, averages, writes the artifact; returns its path, on rank 0."""
     def validate(title: str, **record) -> None:
         start = time.perf_counter()
-        side_by_side = sliding_windows(evaluator.num_targets, run.config.train_seq_len, stride=run.config.train_seq_len)
-        loss, bpb = evaluator.loss_and_bpb(evaluator.score(side_by_side, evaluator.val_rows))
+        rows, length = evaluator.plain
+        side_by_side = sliding_windows(evaluator.num_targets, length, stride=length)
+        loss, bpb = evaluator.loss_and_bpb(evaluator.score(side_by_side, rows, length))
         run.log(f"{title} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{1000 * record['train_s']:.0f}ms",
                 **record, val_loss=loss, val_bpb=bpb, seconds=time.perf_counter() - start)
 

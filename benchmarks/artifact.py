@@ -152,7 +152,7 @@ class Comparison:
     def score(self, state: dict[str, torch.Tensor]) -> tuple[float, torch.Tensor]:
         """BPB of all validation targets, sequences side by side, without adaptation; log p at the first ones."""
         self.run.model.load_state_dict(state)
-        nats = self.evaluator.score(self.windows, self.evaluator.val_rows)
+        nats = self.evaluator.score(self.windows, *self.evaluator.plain)
         log_p = torch.cat([F.log_softmax(self.run.model(rows), dim=-1) for rows in self.inputs.split(4)])
         return self.evaluator.loss_and_bpb(nats)[1], log_p
 
@@ -173,21 +173,17 @@ class Comparison:
         """All steps times one factor, from 1 on: the least with which the artifact is below the limit."""
         config, table = self.run.config, train_gpt.tensor_table(self.run.config)
 
-        def factor(price: int) -> float:  # see train_gpt.largest_below
-            return 2 ** (price / 10240)
-
         def make(price: int) -> bytes:
             stored, values = {}, {}
             for name, _, bits in table:
                 if bits == 16:
                     stored[name] = self.weights[name].half()
                 else:
-                    tried, moment = factor(price) * steps(self.weights[name], bits), moments.get(name, (None,))[0]
+                    tried, moment = 2 ** (price / 10240) * steps(self.weights[name], bits), moments.get(name, (None,))[0]
                     values[name], stored[name] = train_gpt.quantize(self.weights[name], tried, bits, moment)
             return train_gpt.pack_artifact(config, stored, values)
 
-        eighth = sum(tensor.numel() for tensor in self.weights.values()) / 8
-        return train_gpt.largest_below(limit, make, predict=lambda price: -eighth * math.log2(factor(price)))
+        return train_gpt.largest_below(limit, make)
 
     def as_train_gpt(self, moments: dict, limit: int | None, embed_bits: int) -> bytes:
         config = replace(self.run.config, embed_bits=embed_bits)

@@ -27,13 +27,21 @@ class Recorder(Evaluator):
         self.times_scored = np.zeros(self.num_targets + 1, int)
         self.trained_unscored = []
         self.batches = []
-        self.run.model.register_forward_hook(lambda module, inputs, output: self.batches.append(output.detach()))
+        plain = self.run.model.logits
 
-    def score(self, windows, rows):
+        def recorded(x):
+            self.batches.append(plain(x))
+            return self.batches[-1]
+
+        self.run.model.logits = recorded
+
+    def score(self, windows, rows, stride):
+        """The batches hold `stride` positions a window, as often as it takes for the first one."""
         self.batches.clear()
-        nats = super().score(windows, rows)
-        for (start, first, end), logits in zip(windows, torch.cat(self.batches), strict=False):
-            self.logits[first:end] = logits[first - start : end - start]
+        nats = super().score(windows, rows, stride)
+        pieces = [(f, min(f + stride, end)) for _, first, end in windows for f in range(first, end, stride)]
+        for (first, end), logits in zip(pieces, torch.cat(self.batches).detach(), strict=False):
+            self.logits[first:end] = logits[: end - first]
             self.times_scored[first:end] += 1
         return nats
 
@@ -41,24 +49,23 @@ class Recorder(Evaluator):
         self.end = end
         super().adapt(first, end, optimizer)
 
-    def gather(self, starts, rows):
-        positions, inputs, targets = super().gather(starts, rows)
-        if torch.is_grad_enabled():
-            trained = positions[: len(starts)].numpy().ravel()
+    def tokens_at(self, positions):
+        if torch.is_grad_enabled():  # inputs, then targets: position p + 1 holds target p; a target is no input yet
+            trained = positions.numpy().ravel()
             trained = trained[trained < self.end]
             self.trained_unscored += trained[self.times_scored[trained] == 0].tolist()
-        return positions, inputs, targets
+        return super().tokens_at(positions)
 
 
 class TrainsFirst(Recorder):
     """Cheats as the seed does: adapts on a chunk, then scores it."""
 
-    def score(self, windows, rows):
+    def score(self, windows, rows, stride):
         sgd = torch.optim.SGD(self.run.model.parameters(), lr=self.config.ttt_lr)
         chunk = int(windows[0, 1]) // self.config.ttt_chunk_tokens
         with torch.enable_grad():
             self.adapt(chunk * self.config.ttt_chunk_tokens, int(windows[-1, 2]), sgd)
-        return super().score(windows, rows)
+        return super().score(windows, rows, stride)
 
 
 class OneTooLong(Recorder):
@@ -247,5 +254,5 @@ def test_warm_up_restores_everything_and_sees_no_validation_token(dataset, token
     train_gpt.warm_up(run, train_gpt.TokenStream(config, "train"), optimizers, evaluator)
     assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
     assert not any(optimizer.state for optimizer in optimizers)
-    with pytest.raises(AttributeError, match="device"):  # the trap works: scoring does need the tokens
-        evaluator.score(sliding_windows(evaluator.num_targets, config.train_seq_len, config.eval_stride), 8)
+    with pytest.raises(TypeError, match="subscriptable"):  # the trap works: scoring does need the tokens
+        evaluator.score(sliding_windows(evaluator.num_targets, config.train_seq_len, config.eval_stride), 8, 8)
