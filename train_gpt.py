@@ -142,6 +142,7 @@ class Config:
                       for name, known in CHOICES.items()]
             rules += [
                 ("vocab_size", self.vocab_size <= 65536, "must be at most 65536, for uint16"),
+                ("train_seq_len", length <= 16384, "must be at most 16384, for its mask"),
                 ("model_dim", self.model_dim % (2 * self.num_heads) == 0, "must be an even multiple of NUM_HEADS"),
                 ("num_heads", self.num_heads % self.num_kv_heads == 0, "must be a multiple of NUM_KV_HEADS"),
                 ("mlp_mult", self.mlp_mult * self.model_dim >= 1, "leaves the MLP empty"),
@@ -416,8 +417,9 @@ def causal_mask(config: Config) -> Tensor:
 def choose_attention(config: Config, dist: Dist, log: Log) -> str:
     """For "auto" the fastest of BACK_ENDS, forwards and backwards at this run's sizes, that works on this GPU and
     agrees with attend_by_products; on CPUs that one (benchmarks/step.py)."""
-    auto, seconds, expected = config.attention == "auto", {"products": math.inf}, []
-    for name in reversed(BACK_ENDS) if auto and dist.device.type == "cuda" and not config.deterministic else ():
+    auto, on_gpu, expected = config.attention == "auto", dist.device.type == "cuda", []
+    seconds = {"flash" if on_gpu and config.deterministic else "products": math.inf}
+    for name in reversed(BACK_ENDS) if auto and on_gpu and not config.deterministic else ():
         torch.manual_seed(0)
         q, k, v = (torch.randn(8, config.train_seq_len, heads, config.model_dim // config.num_heads, requires_grad=True,
                                device=dist.device, dtype=DTYPES[config.compute_dtype])

@@ -282,6 +282,11 @@ def test_a_consistent_checksum_does_not_hide_an_inconsistent_file(artifact, case
     assert "\n" not in str(caught.value)
 
 
+def test_a_length_whose_mask_would_take_all_memory_is_refused(artifact):
+    with pytest.raises(UserError, match="TRAIN_SEQ_LEN=1048576"):
+        decode_artifact(with_header(artifact, header_of(artifact, train_seq_len=2**20)))
+
+
 def test_other_versions_and_frames_that_lie_about_their_size_are_refused(artifact):
     with pytest.raises(UserError, match="begins with"):
         decode_artifact(checked(artifact[HEAD:], magic=b"PGOLFGPT\x01"))

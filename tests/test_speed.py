@@ -144,7 +144,7 @@ print("counts", json.dumps(counts))
 def test_each_graph_is_compiled_once_in_the_warm_up(mode, graphs, dataset, tmp_path, cache):
     """Fixed sizes all differ here, so that no graph can stand in for another. Losses and scores are those of eager."""
     (tmp_path / "train_gpt_counting.py").write_text(COUNTING)
-    sizes = dict(NUM_LAYERS=4, TRAIN_BATCH_TOKENS=192, MICRO_BATCH_TOKENS=96, VAL_BATCH_SIZE=160, EVAL_BATCH_SEQS=7,
+    sizes = dict(TRAIN_BATCH_TOKENS=192, MICRO_BATCH_TOKENS=96, VAL_BATCH_SIZE=160, EVAL_BATCH_SEQS=7,
                  TTT_CHUNK_TOKENS=64, ITERATIONS=6, VAL_LOSS_EVERY=3, MAX_VAL_TOKENS=320, EVAL_PLAIN=1)
     settings = TINY | dataset | sizes | dict(TORCHINDUCTOR_CACHE_DIR=cache, PYTHONPATH=str(REPOSITORY))
     eager = run_process(tmp_path, settings | dict(RUN_ID="eager"))

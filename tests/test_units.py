@@ -34,6 +34,7 @@ def test_default_model_has_the_seeds_parameter_count():
     ({"TTT_CHUNK_TOKENS": "3000"}, "TTT_CHUNK_TOKENS=3000: must be a multiple of TRAIN_SEQ_LEN=2048"),
     ({"TRAIN_BATCH_TOKENS": "5000"}, "TRAIN_BATCH_TOKENS=5000: must be a multiple"),
     ({"NUM_HEADS": "3"}, "NUM_HEADS=3"),
+    ({"TRAIN_SEQ_LEN": "32768"}, "TRAIN_SEQ_LEN=32768: must be at most 16384"),
     ({"EMBED_BITS": "7"}, "EMBED_BITS=7: must be one of 6 8 16"),
     ({"COMPUTE_DTYPE": "fp8"}, "COMPUTE_DTYPE=fp8"),
     ({"RUN_ID": "../x"}, "RUN_ID=../x"),
