@@ -6,7 +6,8 @@
 
 Trains once with train_gpt.py's own functions and keeps the averaged fp32 weights in logs/RUN_ID/weights.npz; a rerun
 with the same RUN_ID goes on from those. What it costs to store them is said in two ways: BPB lost on the validation
-targets, which chance moves by 0.0001 or so, and KL divergence from the fp32 model in bits a byte, which it hardly moves.
+targets, which chance moves by 0.0001 or so, and KL divergence from the fp32 model in bits a byte, which it hardly
+moves.
 """
 import argparse
 import math
@@ -179,7 +180,8 @@ class Comparison:
                 if bits == 16:
                     stored[name] = self.weights[name].half()
                 else:
-                    tried, moment = 2 ** (price / 10240) * steps(self.weights[name], bits), moments.get(name, (None,))[0]
+                    tried = 2 ** (price / 10240) * steps(self.weights[name], bits)
+                    moment = moments.get(name, (None,))[0]
                     values[name], stored[name] = train_gpt.quantize(self.weights[name], tried, bits, moment)
             return train_gpt.pack_artifact(config, stored, values)
 

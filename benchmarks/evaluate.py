@@ -52,12 +52,13 @@ class Arm:
         self.windows = train_gpt.plan_chunks(self.evaluator.num_targets, self.config.train_seq_len,
                                              self.config.eval_stride, self.config.ttt_chunk_tokens)[1 : chunks + 1]
         if not self.windows:
-            raise SystemExit(f"error: fewer than 2 chunks of {self.config.ttt_chunk_tokens} targets: lower TTT_CHUNK_TOKENS")
+            raise SystemExit(f"error: TTT_CHUNK_TOKENS={self.config.ttt_chunk_tokens}: not 2 chunks there, lower it")
         self.sgd = torch.optim.SGD(self.run.model.parameters(), lr=0.0, momentum=self.config.ttt_momentum, fused=True)
         self.targets = sum(int(windows[-1, 2] - windows[0, 1]) for windows in self.windows)
 
     def score(self) -> None:
-        self.nats = [self.evaluator.score(w, self.config.eval_batch_seqs, self.config.eval_stride) for w in self.windows]
+        sizes = self.config.eval_batch_seqs, self.config.eval_stride
+        self.nats = [self.evaluator.score(windows, *sizes) for windows in self.windows]
 
     def adapt(self) -> None:
         size = self.config.ttt_chunk_tokens
@@ -66,21 +67,28 @@ class Arm:
                 self.evaluator.adapt(index * size, (index + 1) * size, self.sgd)
 
     @torch.no_grad()
-    def shared_part(self, repeats: int) -> float:
-        """Share of scoring that windows which overlap compute alike: embedding, bigram, smear, first q, k and v."""
-        model, length = self.run.model, self.config.train_seq_len
+    def print_reasons(self, repeats: int) -> None:
+        """What asking for scored positions alone gains, and what sharing between windows could gain, on one batch."""
+        run, stride, block = self.run, self.config.eval_stride, self.run.model.blocks[0]
         starts = torch.from_numpy(self.windows[0][: self.config.eval_batch_seqs, :1]).to(self.device)
-        tokens, block = self.evaluator.tokens_at(starts + self.evaluator.offsets), self.run.model.blocks[0]
+        tokens = self.evaluator.tokens_at(starts + self.evaluator.offsets)
+        at = self.evaluator.offsets[-stride:].expand(len(tokens), -1).contiguous()
+        targets = tokens[:, -stride:].contiguous()
 
         def shared() -> None:
-            x = train_gpt.rms_norm(model.embed(tokens))
+            x = train_gpt.rms_norm(run.model.embed(tokens))
             for matrix in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
                 matrix(x)
 
-        shared()
-        seconds = statistics.median(timing.seconds_of(shared, self.device) for _ in range(repeats))
-        batches = self.targets / self.config.eval_stride / len(tokens)
-        return batches * seconds / timing.seconds_of(self.score, self.device) * (tokens.size(1) / length)
+        works = [lambda: run.nll(run.model, tokens, tokens), lambda: run.nll(run.model, tokens, targets, at), shared]
+        for work in works:  # compiles
+            work()
+        eight = [lambda work=work: [work() for _ in range(8)] for work in works]
+        every, scored, alike = timing.in_turn(eight, repeats, self.device)
+        print(f"\n{self.name}: asking for the scored positions alone is {timing.pairwise(every, scored)} times as fast "
+              "as for all;\nwindows that overlap compute "
+              f"{spread([100 * a / b for a, b in zip(alike, scored, strict=True)])} % of it alike: embedding, bigram, "
+              "smear, first q, k and v")
 
 
 def report(arms: list[Arm], seconds: list[list[float]]) -> None:
@@ -102,8 +110,9 @@ def main() -> None:
     for arm in arms:
         seconds = timing.seconds_of(lambda arm=arm: (arm.score(), arm.adapt()), device)
         error = max(np.abs(a - b).max() for a, b in zip(arm.nats, arms[0].nats, strict=True))
-        print(f"{arm.name}: {arm.config.compute_dtype}, ATTENTION={arm.config.attention}, COMPILE={arm.config.compile}; "
-              f"warm-up {seconds:.1f} s; scores within {error:.5f} nats of the first arm's", flush=True)
+        print(f"{arm.name}: {arm.config.compute_dtype}, ATTENTION={arm.config.attention}, "
+              f"COMPILE={arm.config.compile}; warm-up {seconds:.1f} s; "
+              f"scores within {error:.5f} nats of the first arm's", flush=True)
 
     def timed(work: Callable[[Arm], None]) -> list[list[float]]:
         return timing.in_turn([lambda arm=arm: work(arm) for arm in arms], args.repeats, device)
@@ -115,7 +124,7 @@ def main() -> None:
     report(arms, scoring)
     print(f" score, then adapt: {config.ttt_epochs} epochs, chunks of {config.ttt_chunk_tokens}")
     report(arms, [[a + b for a, b in zip(*both, strict=True)] for both in zip(scoring, adapting, strict=True)])
-    print(f"\nWindows that overlap compute {arms[0].shared_part(args.repeats):.1%} of scoring alike in {arms[0].name}.")
+    arms[0].print_reasons(args.repeats)
 
 
 if __name__ == "__main__":

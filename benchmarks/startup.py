@@ -1,7 +1,7 @@
 """Seconds from launching train_gpt.py to its first training step, with the compile cache empty and filled.
 
     make demo && python benchmarks/startup.py      the demo's data
-    python benchmarks/startup.py --shards 80       80 shards of 100 M tokens and a validation split of 62 M, as sparse files
+    python benchmarks/startup.py --shards 80       80 shards of 100 M tokens, validation of 62 M, as sparse files
     COMPILE=0 python benchmarks/startup.py         any setting of train_gpt.py
 
 Each round launches the script twice, the first time with a new, empty compile cache, and stops it at its first step.

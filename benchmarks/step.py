@@ -46,7 +46,8 @@ class SeedMuon(train_gpt.Muon):
 
     def orthogonalize(self, updates, steps):
         def one(u):
-            return self.newton_schulz(u.to(torch.bfloat16)[None], steps)[0].float() * max(1, u.size(0) / u.size(1)) ** 0.5
+            orthogonal = self.newton_schulz(u.to(torch.bfloat16)[None], steps)[0].float()
+            return orthogonal * max(1, u.size(0) / u.size(1)) ** 0.5
 
         return [one(u) for u in updates]
 
@@ -74,7 +75,7 @@ class Arm:
         self.done, self.losses = 0, []
 
     def steps(self, count: int) -> None:
-        """As train_gpt.train takes them; the seed's ranks agree on whether to stop, and so wait for the device, at each."""
+        """As train_gpt.train takes them; the seed's ranks agree on whether to stop, and so wait, at each."""
         for _ in range(count):
             batch = list(self.stream.micro_batches(self.done, self.run.dist))
             loss = train_gpt.train_step(self.run, batch, [self.muon, self.adamw], 1.0, 0.95)

@@ -215,7 +215,8 @@ def test_the_limit_holds_when_steps_are_uneven(dataset, monkeypatch, seconds):
 
 def test_seconds_of_validation_are_not_training(dataset, monkeypatch):
     """On the same clock: each validation takes 7 s, which neither count nor are taken for slow steps."""
-    config = tiny_config(dataset, max_wallclock_seconds=20.0, iterations=10_000, val_loss_every=30, train_log_every=10_000)
+    config = tiny_config(dataset, max_wallclock_seconds=20.0, iterations=10_000, val_loss_every=30,
+                         train_log_every=10_000)
     state = dict(now=0.0, steps=0)
 
     def advance(seconds):
@@ -294,7 +295,8 @@ def test_the_step_benchmark_compares_arms_that_learn_alike():
 def test_the_evaluation_benchmark_compares_arms_that_score_alike():
     output = benchmark("evaluate.py", "--repeats", "2")
     assert re.search(r"loop: .* within 0\.000\d+ nats", output)
-    assert len(re.findall(r"is [\d.]+ \([\d.]+ to [\d.]+\) times as fast", output)) == 2
+    assert len(re.findall(r"is [\d.]+ \([\d.]+ to [\d.]+\) times as fast", output)) == 3
+    assert re.search(r"compute [\d.]+ \([\d.]+ to [\d.]+\) % of it alike", output)
 
 
 def test_the_start_up_benchmark_reaches_the_first_step(dataset):
