@@ -20,6 +20,7 @@ import re
 import shutil
 import struct
 import sys
+import sysconfig
 import time
 import timeit
 from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +35,7 @@ import zstandard
 from torch import Tensor, distributed, nn, optim
 
 # ---- Settings
-# Environment variables, parsed strictly: a typo that trained the default model would cost eight GPUs twenty minutes.
+# Parsed strictly: a typo that trained the default model would cost eight GPUs twenty minutes.
 
 class UserError(Exception):
     """What the user can fix: one line naming the thing, its value and the remedy."""
@@ -64,7 +65,7 @@ class Config:
     train_batch_tokens: int = 786_432  # a step, over all ranks
     iterations: int = 20_000  # steps at most
     max_wallclock_seconds: float = 600.0  # of training at most; 0: no limit
-    warmup_steps: int = 20  # to compile
+    warmup_steps: int = 20  # compile, then restore
     warmdown_iters: int = 3000  # at most 58 % of the budget
     val_loss_every: int = 1000  # steps; 0: only at the end
     val_batch_size: int = 524_288  # tokens, over all ranks
@@ -106,7 +107,7 @@ class Config:
     device: str = "auto"
     compute_dtype: str = "auto"
     attention: str = "auto"
-    compile: str = "auto"  # 1: the model as one graph, blocks: each block alone
+    compile: str = "auto"  # torch.compile; 1: one graph, blocks: each block
     micro_batch_tokens: int = 0  # tokens a rank processes at once
     deterministic: bool = False  # the same bits on each CUDA run
 
@@ -263,7 +264,7 @@ def open_shard(path: Path, vocab_size: int) -> np.ndarray:
 
 def check_ids(tokens: np.ndarray, vocab_size: int, source: Path) -> np.ndarray:
     if (highest := int(tokens.max())) >= vocab_size:
-        raise UserError(f"{source}: token id {highest} is beyond VOCAB_SIZE={vocab_size}: raise it")
+        raise UserError(f"{source}: token id {highest} >= VOCAB_SIZE={vocab_size}: set the tokenizer's")
     return tokens
 
 class TokenStream:
@@ -415,34 +416,38 @@ def causal_mask(config: Config) -> Tensor:
     return torch.full([config.train_seq_len] * 2, -math.inf, dtype=DTYPES.get(config.compute_dtype)).triu(1)
 
 def choose_attention(config: Config, dist: Dist, log: Log) -> str:
-    """For "auto" the fastest of BACK_ENDS, forwards and backwards at this run's sizes, that works on this GPU and
-    agrees with attend_by_products; on CPUs that one (benchmarks/step.py)."""
-    auto, on_gpu, expected = config.attention == "auto", dist.device.type == "cuda", []
-    seconds = {"flash" if on_gpu and config.deterministic else "products": math.inf}
-    for name in reversed(BACK_ENDS) if auto and on_gpu and not config.deterministic else ():
-        torch.manual_seed(0)
-        q, k, v = (torch.randn(8, config.train_seq_len, heads, config.model_dim // config.num_heads, requires_grad=True,
-                               device=dist.device, dtype=DTYPES[config.compute_dtype])
-                   for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads))
-        mask, times = causal_mask(config).to(dist.device), []
+    """For "auto" the fastest of BACK_ENDS on this GPU, forwards and backwards, that agrees with attend_by_products; on
+    CPUs that one (benchmarks/step.py)."""
+    auto, seconds, expected = config.attention == "auto", {}, []
+    names = list(reversed(BACK_ENDS))[: 2 if config.deterministic else 4]  # these repeat
+    q, k, v = (torch.randn(8, config.train_seq_len, heads, config.model_dim // config.num_heads, device=dist.device,
+                           dtype=DTYPES[config.compute_dtype], requires_grad=True)
+               for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads))
+    mask = causal_mask(config).to(dist.device)
+    for name in names if auto and dist.device.type == "cuda" else ():
         allow_kernel(name)
         try:
+            attend, times = compiled(BACK_ENDS[name]) if config.compile == "1" else BACK_ENDS[name], []
             for _ in range(8):
                 torch.cuda.synchronize()
                 start = time.perf_counter()
-                y = BACK_ENDS[name](q, k, v, mask)
+                y = attend(q, k, v, mask)
                 found = [y, *torch.autograd.grad(y, (q, k, v), torch.ones_like(y))]
                 torch.cuda.synchronize()
                 times.append(time.perf_counter() - start)
             expected = expected or found
-            if all((a - b).norm() < 0.02 * b.norm() for a, b in zip(found, expected)):
-                seconds[name] = min(times)
-        except Exception as reason:  # whatever packages and kernels raise
+            if any((a - b).norm() > 0.02 * b.norm() for a, b in zip(found, expected)):
+                raise ArithmeticError("other results than products")
+            seconds[name] = min(times)
+        except Exception as reason:  # whatever they raise
             log(f"attention {name}: {reason!r:.100}")
-    choice = dist.from_master(min(seconds, key=seconds.get)) if auto else config.attention
+    choice = dist.from_master(min(seconds, key=seconds.get, default="products")) if auto else config.attention
     allow_kernel(choice)
     log(f"attention:{choice} of {seconds}", event="attention", choice=choice, seconds=seconds)
     return choice
+
+def compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 def allow_kernel(name: str) -> None:
     """Leaves attend_by_sdpa one kernel."""
@@ -513,7 +518,7 @@ class GPT(nn.Module):
         """int64 [B, T] -> (B, T, D), or, the last block doing less, (B, S, D) for the positions at (B, S)."""
         x0, last, num_skips = self.embed(tokens), len(self.blocks) - 1, len(self.skip_weights)
         rope, mask = self.rope[:, : x0.size(1)], self.mask[: x0.size(1), : x0.size(1)]
-        x, skips = x0.view_as(x0), []  # another object: blocks are then compiled alike
+        x, skips = x0.view_as(x0), []  # another object: one graph for all blocks
         for index, block in enumerate(self.blocks):
             if index >= num_skips and skips:
                 x = x + self.skip_weights[index - num_skips].to(x.dtype) * skips.pop()
@@ -687,7 +692,7 @@ def train(run: Run, stream: TokenStream, optimizers: list, validate: Callable[..
         step, elapsed = step + 1, elapsed + step_s[-1]
         if config.swa_enabled and factor < config.swa_start_frac and step % config.swa_every == 0:
             average.add()
-        logging = step <= 5 or step % config.train_log_every == 0
+        logging = step <= 5 or step % config.train_log_every == 0 or step == config.iterations
         ahead, validating = step - looked[0], config.val_loss_every and step % config.val_loss_every == 0
         if logging or validating or ahead == CLOCK_STEPS or 0 < limit < elapsed + 10 * ahead * max(step_s):
             elapsed = run.dist.now() - start
@@ -743,11 +748,11 @@ class WeightAverage:
 # fp16 tensors and steps, classes, frequencies, states; entropy-coded values of matrices, tables included. It needs only
 # this script and the tokenizer, executes nothing.
 ARTIFACT_MAGIC = b"PGOLFGPT\x02"
-MAX_STORED_VALUES = 2**26  # 2 bits each in 16 MB: no file can ask for all memory
+MAX_STORED_VALUES = 2**26  # no file can ask for all memory
 MODEL_SETTINGS = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult bigram_vocab_size bigram_dim
     logit_softcap rope_base train_seq_len embed_bits""".split()
 STEP_CHOICES = 16  # steps tried for a row, 0.85 to 1.15 of the first guess
-FIT_SLACK = 10_000  # bytes under the limit that may stay unused
+FIT_SLACK = 10_000  # bytes that may stay unused
 CODER_BITS = 14  # of the coder's frequencies
 
 def tensor_table(config: Config) -> list[list]:
@@ -782,7 +787,7 @@ def quantize(matrix: Tensor, steps: Tensor, bits: int, moment: Tensor | None = N
     """Rounds fp32 [rows, cols] to whole numbers of steps, from -2**(bits-1) to 2**(bits-1) - 1: int8, and steps fp16
     [rows], 0 for zeros. Each row takes the one of its steps [choices, rows] of least error e: e^T moment e, or e^T e.
     With a moment, columns not yet rounded make up for the others' errors (GPTQ, arXiv:2210.17323: damped by 1 % of the
-    mean, descending diagonal, blocks of 128). If few columns cost most, some step nearly divides their weights."""
+    mean, descending diagonal, blocks of 128)."""
     span, order, inverse = 2 ** (bits - 1), torch.arange(matrix.size(1)), None
     if moment is not None:
         by_power = moment.diagonal().argsort(descending=True)
@@ -1010,7 +1015,7 @@ class Evaluator:
         padded = np.pad(tokens.astype(np.int32), (0, length))  # the last windows read past the end
         self.tokens = torch.from_numpy(padded).to(self.dist.device)
         self.offsets = torch.arange(length, device=self.dist.device)
-        per_row = length * self.dist.world_size  # numbers of rows are fixed: a graph compiles once
+        per_row = length * self.dist.world_size  # fixed numbers of rows: a graph compiles once
         val_rows = max(1, min(self.config.val_batch_size // per_row, -(-self.num_targets // per_row)))
         self.plain = val_rows, length  # rows and stride of validation
         self.adapt_rows = min(-(-self.config.ttt_chunk_tokens // per_row), self.config.micro_batch_tokens // length)
@@ -1028,11 +1033,12 @@ class Evaluator:
     def score(self, windows: np.ndarray, rows: int, stride: int) -> np.ndarray:
         """Nats of consecutive windows' targets, fp32, on every rank. Ranks share the windows, `rows` at a time, each
         asked for the `stride` positions it scores; the split's first one, which scores all, several times."""
+        assert (windows[1:, 2] - windows[1:, 1] <= stride).all()  # no target goes without
         (start, begin, end), count = windows[0], windows[-1, 2] - windows[0, 1]
         pieces = [(start, first, min(first + stride, end)) for first in range(begin, end, stride)]
         mine = self.dist.mine(np.concatenate((pieces, windows[1:])))
         padded = np.pad(mine, ((0, -len(mine) % rows), (0, 0)))  # windows that score nothing
-        nats = torch.zeros(count + 1, device=self.dist.device)  # the last slot: not to be scored
+        nats = torch.zeros(count + 1, device=self.dist.device)  # last slot: not scored
         for batch in torch.from_numpy(padded).to(self.dist.device).view(len(padded) // rows, rows, 3):
             start, first, end = batch.T[..., None]
             positions = first + self.offsets[:stride]
@@ -1107,23 +1113,23 @@ def load_artifact(path: str | Path, dist: Dist) -> tuple[Config, dict[str, Tenso
     return decode_artifact(dist.from_master(Path(path).read_bytes() if dist.is_master else b""))
 
 def settle(config: Config, dist: Dist) -> Config:
-    """Makes the automatic choices."""
     on_gpu, length = dist.device.type == "cuda", config.train_seq_len
     if (seqs := config.train_batch_tokens // length) % dist.world_size:
         raise UserError(f"{dist.world_size} ranks cannot share {seqs} sequences (TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN)")
     per_rank, wanted = seqs // dist.world_size, config.micro_batch_tokens // length
     if wanted and per_rank % wanted:
         raise UserError(f"MICRO_BATCH_TOKENS={config.micro_batch_tokens} must divide {per_rank * length}, one rank's")
-    fitting = (98_304 if on_gpu else 2048) // length  # sequences; for a GPU's memory, a CPU's cache
+    fitting = (98_304 if on_gpu else 2048) // length  # sequences; for memory, for cache
     micro = length * (wanted or max(n for n in range(1, max(fitting, 1) + 1) if per_rank % n == 0))
     if (dtype := config.compute_dtype) == "auto":  # bf16: 4x as fast on some CPUs, far slower on others
         squares = [torch.ones(256, 256, dtype=each) for each in DTYPES.values()]
         bf16_s, fp32_s = (min(timeit.repeat(lambda x=x: x @ x, number=1)) for x in squares)
         dtype = "bfloat16" if on_gpu or dist.from_master(1.5 * bf16_s < fp32_s) else "float32"
-    if (compiled := config.compile) == "auto":
+    if (mode := config.compile) == "auto":
         long = config.iterations >= 500 and (config.max_wallclock_seconds or 60) >= 60  # earns back half a minute
-        compiled = "1" if on_gpu else "blocks" if long and shutil.which("g++") else "0"
-    return replace(config, device=dist.device.type, compute_dtype=dtype, compile=compiled, micro_batch_tokens=micro)
+        able = shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()
+        mode = "1" if on_gpu else "blocks" if long and able else "0"
+    return replace(config, device=dist.device.type, compute_dtype=dtype, compile=mode, micro_batch_tokens=micro)
 
 def describe(log: Log, config: Config, dist: Dist, code: bytes) -> None:
     if log.folder:
@@ -1141,18 +1147,16 @@ def describe(log: Log, config: Config, dist: Dist, code: bytes) -> None:
 
 def build_run(config: Config, dist: Dist, log: Log) -> Run:
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     config = replace(config, attention=choose_attention(config, dist, log))
     torch.manual_seed(config.seed)
     model = GPT(config).to(dist.device)
-    nll, options = token_nll, dict(dynamic=False, fullgraph=True)
-    if config.compile == "1":
-        nll = torch.compile(token_nll, **options)
-    elif config.compile == "blocks":  # blocks share a graph: compiles ten times as fast
-        model.embed, model.nll = torch.compile(model.embed, **options), torch.compile(model.nll, **options)
+    nll = compiled(token_nll) if config.compile == "1" else token_nll
+    if config.compile == "blocks":  # they share a graph: compiles several times as fast
+        model.embed, model.nll = compiled(model.embed), compiled(model.nll)
         for block in model.blocks:
-            block.compile(**options)
+            block.forward = compiled(block.forward)
     run = Run(config, dist, log, model, nll, FlatGradients(model))
     log(f"model_params:{run.grads.flat.numel()} weights_sha256 at the start, by rank: {dist.weight_digests(model)}")
     return run
@@ -1175,10 +1179,10 @@ def train_and_store(run: Run, stream: TokenStream, optimizers: list, evaluator: 
     moments, start = error_moments(run, stream, progress["step"], seconds=left), time.perf_counter()
     data = encode_artifact(run.model.state_dict(), run.config, moments=moments, limit=limit - len(code), dist=run.dist)
     if not run.dist.is_master:
-        return Path()  # evaluate_artifact reads rank 0's file
+        return Path()  # rank 0's file is read
     part = run.log.folder / "artifact.part"
     part.write_bytes(data)
-    path = part.replace(part.with_suffix(".bin"))  # a file of the final name is always whole
+    path = part.replace(part.with_suffix(".bin"))  # always whole under this name
     warning = "" if (total := len(data) + len(code)) < limit else " TOO LARGE, cannot be submitted"
     run.log(f"artifact_bytes:{len(data)} code_bytes:{len(code)} total_bytes:{total} limit_bytes:{limit}{warning}",
             event="artifact", artifact_bytes=len(data), code_bytes=len(code), seconds=time.perf_counter() - start)
@@ -1189,7 +1193,7 @@ def evaluate_artifact(run: Run, path: str | Path, evaluator: Evaluator) -> None:
     config, log = run.config, run.log
     for label in ("final_ttt_exact", "final_quantized_exact")[: 1 + config.eval_plain]:
         submitted = label == "final_ttt_exact"
-        start = run.dist.now() - evaluator.warm_up_s * submitted  # compiling and reading the artifact count
+        start = run.dist.now() - evaluator.warm_up_s * submitted  # compiling and reading count
         run.model.load_state_dict(load_artifact(path, run.dist)[1])
         nats, adapted = evaluator.score_then_adapt(evaluator.epochs if submitted else 0, start)
         loss, bpb = evaluator.loss_and_bpb(nats)
@@ -1231,7 +1235,7 @@ def main() -> None:
     evaluate_artifact(run, path, evaluator)
     if dist.world_size > 1:
         distributed.destroy_process_group()
-        os._exit(0)  # all is written; the usual way out aborted in gloo's threads in 1 run of 30
+        os._exit(0)  # the usual way out aborted in gloo's threads in 1 run of 30
 
 if __name__ == "__main__":
     try:

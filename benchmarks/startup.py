@@ -20,7 +20,7 @@ from timing import REPOSITORY, spread
 
 STAGES = {  # what a line begins with when the stage is over
     "imports, settings, data checked": "world_size:",
-    "model": "model_params:",
+    "model, attention chosen": "model_params:",
     "first warm-up step": "warmup_step:1/",
     "warm-up: all graphs, GPTQ timed": "warm-up done",
     "first training step": "step:1/",
@@ -65,6 +65,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # logs/ goes there
         settings = timing.defaults() | demo | dict(VAL_LOSS_EVERY="0") | dict(os.environ)
+        if settings.get("WARMUP_STEPS") == "0":
+            sys.exit("error: WARMUP_STEPS=0: the first warm-up step is what is timed, set 1 or more")
         if args.shards:
             sparse_shards(Path(folder), args.shards)
             settings["DATA_PATH"] = folder

@@ -100,7 +100,7 @@ def peak_flops(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def flops_per_token(config: train_gpt.Config) -> float:
-    """Of a training step's matrix products, forwards and backwards; half of attention's, since it is causal."""
+    """Of the model's matrix products, forwards and backwards; half of attention's, since it is causal."""
     with torch.device("meta"):
         model = train_gpt.GPT(config)
     weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)] + [model.tok_emb.weight]
