@@ -145,9 +145,9 @@ def test_what_is_no_shard_is_named(check, folder, change, message):
 
 
 def test_a_split_too_short_to_train_on_is_found(check, monkeypatch):
-    monkeypatch.setenv("TRAIN_SEQ_LEN", "100000")
+    monkeypatch.setenv("TRAIN_SEQ_LEN", "16384")
     status, output = check()
-    assert status == 1 and "  FAIL  DATA_PATH=" in output and "less than a sequence of 100000" in output
+    assert status == 1 and "  FAIL  DATA_PATH=" in output and "less than a sequence of 16384" in output
 
 
 # ---- Spoiled: content
@@ -158,7 +158,7 @@ def test_ids_beyond_the_tokenizer_are_found_wherever_they_are(check, folder, mon
     tokens[-3] = VOCAB_SIZE
     rewrite(folder, "train", tokens)
     assert f"  FAIL  {folder}/fineweb_train_" in check()[1]
-    monkeypatch.setattr(verify, "TokenStream", lambda *_: None)  # which looks at the first 16 million tokens of a shard
+    monkeypatch.setattr(verify, "TokenStream", lambda *_: None)  # which looks at the first million tokens of a shard
     status, output = check()
     assert status == 1 and f"  FAIL  train: token id {VOCAB_SIZE} is beyond the tokenizer's {VOCAB_SIZE}" in output
 
