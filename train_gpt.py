@@ -310,8 +310,8 @@ class TokenBytes:
         self.base = np.where(self.control, 0, np.where(tokenizer.is_byte(ids), 1, lengths))
 
     def count(self, tokens: np.ndarray) -> np.ndarray:
-        """UTF-8 bytes of the targets tokens[1:], int64 [N], in sum the normalised text's. Decoding drops a leading
-        space after a control token."""
+        """Bytes of the targets tokens[1:], int64 [N]: UTF-8 bytes of a piece, 1 of a byte token, 0 of a control token
+        and of the leading space behind it."""
         previous, target = tokens[:-1], tokens[1:]
         return self.base[target] + (self.leading_space[target] & ~self.control[previous])
 
@@ -465,13 +465,13 @@ class MLP(nn.Module):
         return self.proj(F.relu(self.fc(x)).square())
 
 class Block(nn.Module):
-    """Mixes stream x with embedding x0, adds attention and MLP, all scaled by dimension."""
+    """Mixes x with x0, adds attention and MLP, all scaled by dimension."""
     def __init__(self, config: Config):
         super().__init__()
         ones = torch.ones(config.model_dim)
         self.attn, self.mlp = Attention(config), MLP(config)
         self.attn_scale, self.mlp_scale = nn.Parameter(ones.clone()), nn.Parameter(ones.clone())
-        self.resid_mix = nn.Parameter(torch.stack((ones, 0 * ones)))
+        self.resid_mix = nn.Parameter(torch.stack((ones, 0 * ones)))  # of x, x0
 
     def forward(self, x: Tensor, x0: Tensor, rope: Tensor, mask: Tensor, at: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D), or (B, S, D) for the positions at (B, S)."""
