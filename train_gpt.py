@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py  # the record setting: 8xH100, 600 s, FineWeb
     ARTIFACT=logs/RUN_ID/artifact.bin torchrun ...  # evaluate only
-    make demo  # two CPU cores or one GPU, no data to download
+    make demo  # two CPU cores or one GPU, no download
 
 Settings are environment variables, see Config; a run writes logs/RUN_ID/. The file reads in the order data flows.
 Model and recipe are openai/parameter-golf PR #264's; departures say why.
@@ -46,7 +46,7 @@ class Config:
     # Data and run
     data_path: str = "data/datasets/fineweb10B_sp1024"
     tokenizer_path: str = "data/tokenizers/fineweb_1024_bpe.model"
-    run_id: str = ""  # folder in logs/, overwritten; empty: start time and seed
+    run_id: str = ""  # folder in logs/; empty: start time and seed
     seed: int = 1337
     # Model (26,666,073 parameters)
     vocab_size: int = 1024
@@ -186,7 +186,7 @@ class Dist:
         self.device = torch.device(f"cuda:{local_rank}" if on_gpu else "cpu")
         if on_gpu:
             torch.cuda.set_device(self.device)
-        elif local_size > 1:  # torchrun sets OMP_NUM_THREADS=1, which leaves cores idle
+        elif local_size > 1:  # torchrun's OMP_NUM_THREADS=1 leaves cores idle
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
         if self.world_size > 1:  # gloo beside nccl: hosts' decisions bypass GPUs
             distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
@@ -751,7 +751,7 @@ ARTIFACT_MAGIC = b"PGOLFGPT\x02"
 MAX_STORED_VALUES = 2**26  # no file can ask for all memory
 MODEL_SETTINGS = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult bigram_vocab_size bigram_dim
     logit_softcap rope_base train_seq_len embed_bits""".split()
-STEP_CHOICES = 16  # steps tried for a row, 0.85 to 1.15 of the first guess
+STEP_CHOICES = 16  # for a row, 0.85 to 1.15 of the first guess
 FIT_SLACK = 10_000  # bytes that may stay unused
 CODER_BITS = 14  # of the coder's frequencies
 
@@ -832,7 +832,7 @@ def encode_artifact(state_dict: Mapping[str, Tensor], config: Config, *, moments
         if bits < 16:
             finest = w.abs().amax(1) / (2 ** (bits - 1) - 1)  # PR #264 floored it at 1/127
             cost = finest**-2
-            if moments:  # the matrix's mean for what the batches did not show
+            if moments:  # mean: for what batches did not show
                 cost = (moments[name][1] + moments[name][1].mean()) / w.size(1)
             rows[name] = finest, cost, bits
 
@@ -1015,7 +1015,7 @@ class Evaluator:
         padded = np.pad(tokens.astype(np.int32), (0, length))  # the last windows read past the end
         self.tokens = torch.from_numpy(padded).to(self.dist.device)
         self.offsets = torch.arange(length, device=self.dist.device)
-        per_row = length * self.dist.world_size  # fixed numbers of rows: a graph compiles once
+        per_row = length * self.dist.world_size  # fixed, so graphs compile once
         val_rows = max(1, min(self.config.val_batch_size // per_row, -(-self.num_targets // per_row)))
         self.plain = val_rows, length  # rows and stride of validation
         self.adapt_rows = min(-(-self.config.ttt_chunk_tokens // per_row), self.config.micro_batch_tokens // length)
@@ -1033,7 +1033,7 @@ class Evaluator:
     def score(self, windows: np.ndarray, rows: int, stride: int) -> np.ndarray:
         """Nats of consecutive windows' targets, fp32, on every rank. Ranks share the windows, `rows` at a time, each
         asked for the `stride` positions it scores; the split's first one, which scores all, several times."""
-        assert (windows[1:, 2] - windows[1:, 1] <= stride).all()  # no target goes without
+        assert (windows[1:, 2] - windows[1:, 1] <= stride).all()  # none goes without
         (start, begin, end), count = windows[0], windows[-1, 2] - windows[0, 1]
         pieces = [(start, first, min(first + stride, end)) for first in range(begin, end, stride)]
         mine = self.dist.mine(np.concatenate((pieces, windows[1:])))
@@ -1074,7 +1074,7 @@ class Evaluator:
         as projected without one-off costs, later than EVAL_MAX_SECONDS after start."""
         config, log, size = self.config, self.run.log, self.config.ttt_chunk_tokens
         chunks = plan_chunks(self.num_targets, self.length, config.eval_stride, size)
-        last_of_split = max(1, -(-self.full_targets // size) - 1)  # also for a prefix: the same scores
+        last_of_split = max(1, -(-self.full_targets // size) - 1)  # for prefixes too
         sgd = optim.SGD(self.run.model.parameters(), lr=config.ttt_lr, momentum=config.ttt_momentum, fused=True)
         nats, end, total, adapting = np.zeros(self.num_targets, np.float32), 0, 0.0, epochs > 0
         score_s, adapt_s, last = [], [], self.dist.now() - start
@@ -1113,6 +1113,7 @@ def load_artifact(path: str | Path, dist: Dist) -> tuple[Config, dict[str, Tenso
     return decode_artifact(dist.from_master(Path(path).read_bytes() if dist.is_master else b""))
 
 def settle(config: Config, dist: Dist) -> Config:
+    """Makes the automatic choices."""
     on_gpu, length = dist.device.type == "cuda", config.train_seq_len
     if (seqs := config.train_batch_tokens // length) % dist.world_size:
         raise UserError(f"{dist.world_size} ranks cannot share {seqs} sequences (TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN)")
@@ -1121,7 +1122,7 @@ def settle(config: Config, dist: Dist) -> Config:
         raise UserError(f"MICRO_BATCH_TOKENS={config.micro_batch_tokens} must divide {per_rank * length}, one rank's")
     fitting = (98_304 if on_gpu else 2048) // length  # sequences; for memory, for cache
     micro = length * (wanted or max(n for n in range(1, max(fitting, 1) + 1) if per_rank % n == 0))
-    if (dtype := config.compute_dtype) == "auto":  # bf16: 4x as fast on some CPUs, far slower on others
+    if (dtype := config.compute_dtype) == "auto":  # bf16 is far slower on some CPUs
         squares = [torch.ones(256, 256, dtype=each) for each in DTYPES.values()]
         bf16_s, fp32_s = (min(timeit.repeat(lambda x=x: x @ x, number=1)) for x in squares)
         dtype = "bfloat16" if on_gpu or dist.from_master(1.5 * bf16_s < fp32_s) else "float32"
@@ -1132,6 +1133,7 @@ def settle(config: Config, dist: Dist) -> Config:
     return replace(config, device=dist.device.type, compute_dtype=dtype, compile=mode, micro_batch_tokens=micro)
 
 def describe(log: Log, config: Config, dist: Dist, code: bytes) -> None:
+    """Logs source, versions, settings."""
     if log.folder:
         (log.folder / "train_gpt.py").write_bytes(code)
         for name in ["submission.json"] + ([] if config.artifact else ["artifact.bin"]):
@@ -1142,10 +1144,11 @@ def describe(log: Log, config: Config, dist: Dist, code: bytes) -> None:
     versions |= dict(python=sys.version.split()[0], cuda=torch.version.cuda)
     log(f"world_size:{dist.world_size} device:{hardware} cpu_threads:{torch.get_num_threads()} {versions}",
         event="start", world_size=dist.world_size, hardware=hardware, versions=versions, settings=vars(config))
-    for name, value in vars(config).items():  # console: what is not the default
+    for name, value in vars(config).items():  # console: changes only
         log(f"  {name.upper()}={value}", console=value != getattr(Config, name))
 
 def build_run(config: Config, dist: Dist, log: Log) -> Run:
+    """The seeded model, compiled if asked for."""
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -1153,7 +1156,7 @@ def build_run(config: Config, dist: Dist, log: Log) -> Run:
     torch.manual_seed(config.seed)
     model = GPT(config).to(dist.device)
     nll = compiled(token_nll) if config.compile == "1" else token_nll
-    if config.compile == "blocks":  # they share a graph: compiles several times as fast
+    if config.compile == "blocks":  # they share a graph: compiles sooner
         model.embed, model.nll = compiled(model.embed), compiled(model.nll)
         for block in model.blocks:
             block.forward = compiled(block.forward)
@@ -1182,7 +1185,7 @@ def train_and_store(run: Run, stream: TokenStream, optimizers: list, evaluator: 
         return Path()  # rank 0's file is read
     part = run.log.folder / "artifact.part"
     part.write_bytes(data)
-    path = part.replace(part.with_suffix(".bin"))  # always whole under this name
+    path = part.replace(part.with_suffix(".bin"))  # whole under this name
     warning = "" if (total := len(data) + len(code)) < limit else " TOO LARGE, cannot be submitted"
     run.log(f"artifact_bytes:{len(data)} code_bytes:{len(code)} total_bytes:{total} limit_bytes:{limit}{warning}",
             event="artifact", artifact_bytes=len(data), code_bytes=len(code), seconds=time.perf_counter() - start)
@@ -1212,6 +1215,7 @@ def evaluate_artifact(run: Run, path: str | Path, evaluator: Evaluator) -> None:
                 np.save(config.val_nll_path, nats)
 
 def main() -> None:
+    """Check, warm up, train and store, evaluate."""
     code = Path(__file__).read_bytes()
     config = Config.from_env(os.environ)
     dist = Dist(config.device, os.environ)
@@ -1235,12 +1239,12 @@ def main() -> None:
     evaluate_artifact(run, path, evaluator)
     if dist.world_size > 1:
         distributed.destroy_process_group()
-        os._exit(0)  # the usual way out aborted in gloo's threads in 1 run of 30
+        os._exit(0)  # else 1 run of 30 aborts in gloo's threads
 
 if __name__ == "__main__":
     try:
         main()
     except UserError as problem:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(2)  # rank 0 says what all ranks find; torchrun then ends the others
+            time.sleep(2)  # rank 0 speaks; torchrun ends the others
         sys.exit(f"error: {problem}")
