@@ -50,6 +50,7 @@ from dataset_files import (
     in_order,
     listed_name,
     listed_path,
+    load_model,
     read_manifest,
     run_tool,
     shard_header,
@@ -196,20 +197,16 @@ def train_tokenizer(sample: Iterator[str], vocab_size: int) -> bytes:
 
 def read_tokenizer(path: str, vocab_size: int | None) -> bytes:
     """The SentencePiece model of --tokenizer, checked. Raises UserError."""
-    try:
-        model = Path(path).read_bytes()
-        if not model:  # of which sentencepiece itself has more to say than one line
-            raise RuntimeError
-        tokenizer = spm.SentencePieceProcessor(model_proto=model)
-    except (OSError, RuntimeError):
-        raise UserError(f"--tokenizer {path}: no SentencePiece model there: give a .model file") from None
+    tokenizer = load_model(Path(path))
+    if tokenizer is None:
+        raise UserError(f"--tokenizer {path}: no SentencePiece model there: give a .model file")
     pieces = tokenizer.vocab_size()
     if tokenizer.bos_id() < 0 or pieces > 2**16:
         raise UserError(f"--tokenizer {path}: bos id {tokenizer.bos_id()}, {pieces} pieces: shards need a bos piece and"
                         " at most 65536 pieces; train one with --vocab-size instead")
     if vocab_size not in (None, pieces):
         raise UserError(f"--vocab-size {vocab_size}: --tokenizer {path} has {pieces} pieces; give one of the two")
-    return model
+    return Path(path).read_bytes()
 
 
 # ---- Encoding: buckets to shards

@@ -16,7 +16,6 @@ import argparse
 import concurrent.futures
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -28,7 +27,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import sentencepiece as spm
 from dataset_files import (
     DATA,
     PROGRESS_SECONDS,
@@ -40,6 +38,8 @@ from dataset_files import (
     file_entry,
     listed_name,
     listed_path,
+    load_json,
+    load_model,
     read_manifest,
     run_tool,
     write_manifest,
@@ -294,7 +294,7 @@ def make_plan(manifest: object, export: Export, arguments: argparse.Namespace) -
     try:
         datasets = {entry["name"]: entry for entry in manifest["datasets"]}
         if name not in datasets:
-            known = ", ".join(sorted(each.removeprefix("fineweb10B_") for each in datasets))
+            known = ascii(", ".join(sorted(each.removeprefix("fineweb10B_") for each in datasets)))[1:-1]
             raise UserError(f"--variant {arguments.variant}: {export} has {known}: choose one, or set"
                             " MATCHED_FINEWEB_REPO_ID to a repository that has it")
         stats, tokenizer_name = datasets[name]["stats"], datasets[name]["tokenizer_name"]
@@ -315,13 +315,6 @@ def make_plan(manifest: object, export: Export, arguments: argparse.Namespace) -
     shards = [f"datasets/{name}/fineweb_{split}_{number:06d}.bin"
               for split, count in (("val", val), ("train", wanted)) for number in range(count)]
     return Plan(name, shards, list(dict.fromkeys(paths)), list(DOCUMENTS) if arguments.with_docs else [])
-
-
-def load_json(path: Path) -> object:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return None
 
 
 def recorded_files(export: Export, dataset: str) -> dict[str, dict]:
@@ -423,11 +416,10 @@ def run(argv: list[str], folder: Path) -> int:
     print(f"{len(plan.shards)} shards; check them with: python data/verify.py {data_path}")
     models = [folder / file for file in plan.tokenizer if file.endswith(".model")]
     if models:
-        try:
-            pieces = spm.SentencePieceProcessor(model_proto=models[0].read_bytes()).vocab_size()
-        except RuntimeError:
-            raise UserError(f"{models[0]}: what {export} has there is no SentencePiece model: tell its owner") from None
-        print(f"DATA_PATH={data_path} TOKENIZER_PATH={shlex.quote(str(models[0]))} VOCAB_SIZE={pieces}")
+        model = load_model(models[0])
+        if model is None:
+            raise UserError(f"{models[0]}: what {export} has there is no SentencePiece model: tell its owner")
+        print(f"DATA_PATH={data_path} TOKENIZER_PATH={shlex.quote(str(models[0]))} VOCAB_SIZE={model.vocab_size()}")
     else:
         print(f"note: {arguments.variant} has no SentencePiece model, which train_gpt.py needs")
     return 0

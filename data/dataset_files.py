@@ -20,12 +20,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import sentencepiece as spm
 
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))
 from train_gpt import SHARD_HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, UserError  # noqa: E402
 
 PROGRESS_SECONDS = 2.0
+MAX_MODEL_BYTES = 1 << 24  # 65536 pieces take a few MB; loaded, some can take ten times as many
+MAX_JSON_BYTES = 1 << 22  # a manifest of 30,000 files; parsed, it can take twenty times as many
 SHARD_HEADER_BYTES = 4 * SHARD_HEADER_INTS
 
 
@@ -146,6 +149,8 @@ def shard_header(tokens: int) -> bytes:
 
 def count_shard_tokens(path: Path) -> int:
     """The number of tokens of a whole shard, from its header and size. Raises UserError for anything else."""
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path}: no file: get it again")
     with open(path, "rb") as file:
         header, size = file.read(SHARD_HEADER_BYTES), path.stat().st_size
     magic, version, tokens = np.frombuffer(header.ljust(SHARD_HEADER_BYTES, b"\0"), "<i4")[:3].tolist()
@@ -192,12 +197,32 @@ def write_manifest(folder: Path, manifest: dict) -> None:
     write_aside(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
 
 
+def load_model(path: Path) -> spm.SentencePieceProcessor | None:
+    """The SentencePiece model that is there, of pieces that are text, or None."""
+    try:
+        if not path.is_file() or not 0 < path.stat().st_size <= MAX_MODEL_BYTES:  # a pipe, a device: without end
+            return None
+        model = spm.SentencePieceProcessor(model_proto=path.read_bytes())
+        model.id_to_piece(list(range(model.vocab_size())))
+        return model
+    except (OSError, RuntimeError, UnicodeError):  # the last also if an error quotes a piece that is no UTF-8
+        return None
+
+
+def load_json(path: Path) -> object:
+    """What a file of JSON holds; None if it is none. Pipes and devices, which may have no end, are not read."""
+    try:
+        return json.loads(path.read_text()) if path.is_file() and path.stat().st_size <= MAX_JSON_BYTES else None
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
 def read_manifest(folder: Path) -> dict | None:
     """The manifest of a data set; None if there is none of ours, whatever else lies there."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = load_json(folder / "manifest.json")
         whole = all(isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) and "\0" not in name
                     and len(os.fsencode(name)) < 4096 for name, entry in manifest["files"].items())
         return manifest if whole else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (KeyError, TypeError, AttributeError, UnicodeError):
         return None

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import sentencepiece as spm
 from dataset_files import (
     SHARD_HEADER_BYTES,
     ArgumentParser,
@@ -28,6 +27,7 @@ from dataset_files import (
     file_entries,
     in_order,
     listed_path,
+    load_model,
     read_manifest,
     run_tool,
     shard_paths,
@@ -128,8 +128,11 @@ def check_files(report: Report, folder: Path, manifest: dict | None, workers: in
     paths = {name: listed_path(folder, name) for name in manifest["files"]}
     missing = [name for name, path in paths.items() if not path.is_file()]
     report(not missing, "no listed file is missing", f"missing: {shown(missing)}: get or build it again")
-    found = file_entries([path for path in paths.values() if path.is_file()], workers)
-    changed = [name for name, path in paths.items() if path in found and found[path] != manifest["files"][name]]
+    # Only what has the listed bytes is read: a stranger's manifest can name any file of this machine.
+    same_size = [path for name, path in paths.items()
+                 if path.is_file() and path.stat().st_size == manifest["files"][name]["bytes"]]
+    found = file_entries(same_size, workers)
+    changed = [name for name, path in paths.items() if path.is_file() and found.get(path) != manifest["files"][name]]
     report(not changed, f"{len(found)} files have the bytes and SHA-256 listed",
            f"not as listed: {shown(changed)}: get or build it again")
     stray = [path.name for path in sorted(folder.glob("fineweb_*.bin")) if path not in paths.values()]
@@ -219,7 +222,7 @@ def check_counts(report: Report, split: str, counts: dict[str, int], manifest: d
     splits = manifest["splits"]
     listed = splits.get(split) if isinstance(splits, dict) else None
     listed = listed if isinstance(listed, dict) else {}
-    wrong = [f"{counts[name]:,} {name}, not {str(listed.get(name))[:20]}" for name in counts
+    wrong = [f"{counts[name]:,} {name}, not {ascii(listed.get(name))[:20]}" for name in counts
              if counts[name] != listed.get(name)]
     report(not wrong, f"{found}, as the manifest says", f"{split}: {'; '.join(wrong)} as the manifest says")
 
@@ -255,10 +258,9 @@ def verify(folder: Path, tokenizer: Path | None, workers: int) -> bool:
 
 def count_pieces(tokenizer: Path) -> int:
     """Of a SentencePiece model that has a bos. Raises UserError."""
-    try:
-        model = spm.SentencePieceProcessor(model_proto=tokenizer.read_bytes() or b"none")
-    except (OSError, RuntimeError):
-        raise UserError(f"{tokenizer}: no SentencePiece model there: give --tokenizer FILE.model") from None
+    model = load_model(tokenizer)
+    if model is None:
+        raise UserError(f"{tokenizer}: no SentencePiece model there: give --tokenizer FILE.model")
     if model.bos_id() < 0:
         raise UserError(f"{tokenizer}: has no bos piece: give the tokenizer the shards were made with")
     return model.vocab_size()
