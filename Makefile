@@ -1,12 +1,13 @@
 # The two commands of README.md, on a machine with only Python 3.11 or newer, make, gcc and git.
 #   make demo   environment, corpus, then the real script at a small size, with a table at the end (about 10 minutes)
 #   make test   environment, then all tests (under 8 minutes on two cores)
+#   make soak   the long ones: random kills, hanging ranks, 100,000 hostile files for each loader (more than an hour)
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin/python
 
-.PHONY: demo test env golden clean
+.PHONY: demo test soak env golden clean
 
 demo: env
 	$(BIN) data/build_dataset.py
@@ -14,6 +15,9 @@ demo: env
 
 test: env
 	$(BIN) -m pytest
+
+soak: env
+	FUZZ_INPUTS=100000 MUTATIONS=100000 $(BIN) -m pytest -m soak
 
 # The losses that tests/test_script.py compares with, after a change that is meant to alter them.
 golden: env

@@ -2,479 +2,501 @@
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py  # the record setting: 8xH100, 600 s, FineWeb
     ARTIFACT=logs/RUN_ID/artifact.bin torchrun ...  # evaluate only
-    make demo  # two CPU cores or one GPU, no download
+    make demo  # small, no download
 
-Settings are environment variables, see Config; a run writes logs/RUN_ID/. The file reads in the order data flows.
-Model and recipe are openai/parameter-golf PR #264's; departures say why.
-Shapes: B sequences, T positions, D model_dim, H query heads, K key/value heads, E head_dim, V vocabulary,
-L sequence length, S stride of the W scoring windows, C targets in a chunk, N targets in all.
+Settings are environment variables; results go to logs/RUN_ID/. Model and recipe are openai/parameter-golf PR #264's;
+departures say why. Shapes: B sequences, T positions, D model_dim, H query heads, K key/value heads, E head_dim,
+V vocabulary, L sequence length, S stride of the W scoring windows, C targets in a chunk, N targets in all.
 """
 
-from __future__ import annotations
-
+import faulthandler
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
-import struct
+import signal
 import sys
 import sysconfig
-import time
 import timeit
-from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter, sleep, strftime
 
 import numpy as np
 import sentencepiece as spm
 import torch
 import torch.nn.functional as F
-import zstandard
-from torch import Tensor, distributed, nn, optim
+import zstandard as zstd
+from torch import distributed as comm, nn, optim
+from torch.distributed.elastic.multiprocessing.errors import record
 
 # ---- Settings
-# Parsed strictly: a typo that trained the default model would cost eight GPUs twenty minutes.
+# Parsed strictly: a typo would cost eight GPUs twenty minutes.
 
-class UserError(Exception):
-  """What the user can fix: one line naming the thing, its value and the remedy."""
+class UserError(ValueError):
+  """What the user can fix: the thing, its value, the remedy."""
+
+def refuse(wrong, why=""):
+  if wrong:
+    raise UserError(why or "; ".join(wrong))
 
 @dataclass(frozen=True)
 class Config:
-  """The record configuration."""
+  """The record configuration; see README.md."""
   # Data and run
-  data_path: str = "data/datasets/fineweb10B_sp1024"
-  tokenizer_path: str = "data/tokenizers/fineweb_1024_bpe.model"
-  run_id: str = ""  # folder in logs/; empty: start time and seed
-  seed: int = 1337
-  # Model (26,666,073 parameters)
-  vocab_size: int = 1024
-  num_layers: int = 11
-  model_dim: int = 512
-  num_heads: int = 8
-  num_kv_heads: int = 4
-  mlp_mult: float = 3.0  # hidden width over model_dim
-  bigram_vocab_size: int = 2048
-  bigram_dim: int = 64
-  qk_gain_init: float = 1.5  # initial gain of queries, by head
-  logit_softcap: float = 30.0
-  rope_base: float = 10000.0
+  data_path = "data/datasets/fineweb10B_sp1024"
+  tokenizer_path = "data/tokenizers/fineweb_1024_bpe.model"
+  run_id = ""  # folder in logs/; empty: time and seed
+  val_nll_path = ""
+  resume = ""  # auto: RUN_ID's last checkpoint; or a path
+  checkpoint_every_seconds = 60.0  # 0: off
+  checkpoint_every_steps = 0  # and chunks; 0: off
+  preflight_only = False
+  seed = 1337  # what follows a resumed run must not change
+  # Model
+  vocab_size = 1024
+  num_layers = 11
+  model_dim = 512
+  num_heads = 8
+  num_kv_heads = 4
+  mlp_mult = 3.0
+  bigram_vocab_size = 2048
+  bigram_dim = 64
+  qk_gain_init = 1.5
+  logit_softcap = 30.0
+  rope_base = 10000.0
   # Training
-  train_seq_len: int = 2048  # L
-  train_batch_tokens: int = 786_432  # a step, over all ranks
-  iterations: int = 20_000  # steps at most
-  max_wallclock_seconds: float = 600.0  # of training at most; 0: no limit
-  warmup_steps: int = 20  # compile, then restore
-  warmdown_iters: int = 3000  # at most 58 % of the budget
-  val_loss_every: int = 1000  # steps; 0: only at the end
-  val_batch_size: int = 524_288  # tokens, over all ranks
-  train_log_every: int = 50
+  train_seq_len = 2048  # L
+  train_batch_tokens = 786_432  # over all ranks
+  iterations = 20_000
+  max_wallclock_seconds = 600.0  # 0: no limit
+  warmup_steps = 20
+  warmdown_iters = 3000
+  val_loss_every = 1000  # 0: only at the end
+  val_batch_size = 524_288  # over all ranks
+  train_log_every = 50
   # Optimiser
-  matrix_lr: float = 0.02  # Muon: matrices in the model
-  scalar_lr: float = 0.02  # AdamW: the rest
-  tied_embed_lr: float = 0.03  # AdamW: both tables
-  muon_momentum: float = 0.99
-  muon_momentum_warmup_start: float = 0.92
-  muon_momentum_warmup_steps: int = 1500  # 29 % of the budget at most
-  muon_backend_steps: int = 5  # Newton-Schulz iterations
-  weight_decay: float = 0.04  # decoupled
-  grad_clip_norm: float = 0.3  # 0: off
-  # Averaging (swa)
-  swa_enabled: bool = True
-  swa_start_frac: float = 0.5  # average while lr_factor is below
-  swa_every: int = 50
+  matrix_lr = 0.02
+  scalar_lr = 0.02
+  tied_embed_lr = 0.03
+  muon_momentum = 0.99
+  muon_momentum_warmup_start = 0.92
+  muon_momentum_warmup_steps = 1500
+  muon_backend_steps = 5
+  weight_decay = 0.04
+  grad_clip_norm = 0.3  # 0: off
+  # Averaging
+  swa_enabled = True
+  swa_start_frac = 0.5
+  swa_every = 50
   # Artifact
-  embed_bits: int = 6  # of both tables; 16: fp16
-  gptq_batches: int = 16  # training steps; 0: no GPTQ
-  max_artifact_bytes: int = 16_000_000  # of artifact + script
-  # Evaluation (ttt: test-time training)
-  artifact: str = ""  # evaluate this instead of training
-  eval_stride: int = 64  # S: targets a window scores
-  eval_batch_seqs: int = 32  # windows a rank scores at once
-  max_val_tokens: int = 0  # score only so many; 0: all
-  val_nll_path: str = ""  # .npy file for each target's nats
-  eval_plain: bool = False  # also a pass without adaptation
-  eval_max_seconds: float = 600.0  # adaptation stops in time; 0: no limit
-  ttt_enabled: bool = True
-  ttt_lr: float = 0.002  # cosine to zero over the chunks
-  ttt_momentum: float = 0.9
-  ttt_epochs: int = 3  # SGD steps on a chunk
-  ttt_chunk_tokens: int = 32_768  # C
-  ttt_grad_clip: float = 1.0  # 0: off
-  ttt_max_chunks: int = -1  # to replay a stopped run; -1: all
-  # Machine ("auto", 0: see settle)
-  device: str = "auto"
-  compute_dtype: str = "auto"
-  attention: str = "auto"
-  compile: str = "auto"  # torch.compile; 1: one graph, blocks: each block
-  micro_batch_tokens: int = 0  # tokens a rank processes at once
-  deterministic: bool = False  # the same bits on each CUDA run
+  embed_bits = 6  # 16: fp16
+  gptq_batches = 16  # 0: no GPTQ
+  max_artifact_bytes = 16_000_000  # with the script
+  # Evaluation; ttt: test-time training
+  artifact = ""  # only evaluate this
+  eval_stride = 64  # S
+  eval_batch_seqs = 32
+  max_val_tokens = 0  # 0: all
+  eval_plain = False
+  eval_max_seconds = 600.0  # 0: no limit
+  ttt_enabled = True
+  ttt_lr = 0.002
+  ttt_momentum = 0.9
+  ttt_epochs = 3
+  ttt_chunk_tokens = 32_768  # C
+  ttt_grad_clip = 1.0  # 0: off
+  ttt_max_chunks = -1  # -1: all
+  # Machine; auto and 0: see settle
+  device = "auto"
+  compute_dtype = "auto"
+  attention = "auto"
+  compile = "auto"  # 1: one graph, blocks: each block
+  micro_batch_tokens = 0
+  deterministic = False
+  __annotations__ = {name: type(default) for name, default in vars().items() if name[0] != "_"}  # for dataclass
 
   @classmethod
-  def from_env(cls, env: Mapping[str, str]) -> Config:
-    known = {name.upper(): type(default) for name, default in vars(cls()).items()}
+  def from_env(cls, env):
+    known = {name.upper(): kind for name, kind in cls.__annotations__.items()}
     values, problems = {}, []
     for name, text in env.items():
-      if name in known:
+      if kind := known.get(name):
         try:
-          values[name.lower()] = PARSERS[known[name]](text)
+          values[name.lower()] = {"0": False, "1": True}[text] if kind is bool else kind(text)
         except (ValueError, KeyError):
-          problems.append(f"{name}={text!r}: must be {ACCEPTED[known[name]]}")
-      elif near := [setting for setting in known if within_edits(name, setting, 2)]:
-        problems.append(f"{name}={text!r} is no setting, did you mean {near[0]}? (else unset it)")
+          problems.append(f"{name}={text!r}: must be {ACCEPTED[kind]}")
+      elif near := [other for other in known if within_edits(name, other, 2)]:
+        problems.append(f"{name}={text!r}: unset it, or did you mean {near[0]}?")
+    if int(env.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+      values.setdefault("resume", "auto")
     config = cls(**values)
-    if problems := problems + ([] if config.artifact else config.problems()):  # else main does
-      raise UserError("; ".join(problems))
+    refuse(problems + ([] if config.artifact else config.problems()))  # else in main
     return config
 
-  def problems(self) -> list[str]:
+  def problems(self):
     value = vars(self)
-    rules = [(name, 0 < x < 2**31, "must be positive, below 2**31") if name in MUST_BE_POSITIVE else
-             (name, (-1 if name == "ttt_max_chunks" else 0) <= x < 2**31, "must be from 0 on, below 2**31")
-             for name, x in value.items() if isinstance(x, (int, float))]
+    rules = [(name, 0 < value[name] < 2**31, "be positive, below 2**31") for name in POSITIVE]
+    rules += [(name, -(name == "ttt_max_chunks") <= x < 2**31, "be from 0 on, below 2**31")
+      for name, x in value.items() if name not in POSITIVE and not isinstance(x, str)]
     if all(holds for _, holds, _ in rules):  # the rest divides by these
       length, nll = self.train_seq_len, Path(self.val_nll_path)
-      rules += [(name, value[name] % length == 0, f"must be a multiple of TRAIN_SEQ_LEN={length}")
-                for name in ("train_batch_tokens", "micro_batch_tokens", "ttt_chunk_tokens")]
-      rules += [(name, value[name] < 1, "must be below 1")
-                for name in ("muon_momentum", "muon_momentum_warmup_start", "ttt_momentum")]
-      rules += [(name, str(value[name]) in known.split(), f"must be one of {known}")
-                for name, known in CHOICES.items()]
+      rules += [(name, value[name] % length == 0, f"be a multiple of TRAIN_SEQ_LEN={length}")
+        for name in ("train_batch_tokens", "micro_batch_tokens", "ttt_chunk_tokens")]
+      rules += [(name, x < 1, "be below 1") for name, x in value.items() if "_momentum" in name and "steps" not in name]
+      rules += [(name, str(value[name]) in known.split(), f"be one of {known}") for name, known in CHOICES.items()]
       rules += [
-          ("vocab_size", self.vocab_size <= 65536, "must be at most 65536, for uint16"),
-          ("train_seq_len", length <= 16384, "must be at most 16384, for its mask"),
-          ("model_dim", self.model_dim % (2 * self.num_heads) == 0, "must be an even multiple of NUM_HEADS"),
-          ("num_heads", self.num_heads % self.num_kv_heads == 0, "must be a multiple of NUM_KV_HEADS"),
-          ("mlp_mult", self.mlp_mult * self.model_dim >= 1, "leaves the MLP empty"),
-          ("bigram_vocab_size", self.bigram_vocab_size >= 2, "must be at least 2"),
-          ("eval_stride", length % self.eval_stride == 0, f"must divide TRAIN_SEQ_LEN={length}"),
-          ("max_val_tokens", not 0 < self.max_val_tokens < length, f"must be 0 or at least {length}"),
-          ("run_id", re.fullmatch(r"(\w[\w.+-]*)?", self.run_id), "needs letters, digits, _ . + -; no .+- first"),
-          ("val_nll_path", not nll.name or nll.suffix == ".npy" and nll.parent.is_dir(), "needs .npy, a folder"),
+        ("vocab_size", self.vocab_size <= 65536, "be at most 65536: uint16"),
+        ("train_seq_len", length <= 16384, "be at most 16384: its mask"),
+        ("model_dim", self.model_dim % (2 * self.num_heads) == 0, "be an even multiple of NUM_HEADS"),
+        ("num_heads", self.num_heads % self.num_kv_heads == 0, "be a multiple of NUM_KV_HEADS"),
+        ("mlp_mult", self.mlp_mult * self.model_dim >= 1, "leave the MLP a width"),
+        ("bigram_vocab_size", self.bigram_vocab_size >= 2, "be at least 2"),
+        ("eval_stride", length % self.eval_stride == 0, f"divide TRAIN_SEQ_LEN={length}"),
+        ("max_val_tokens", not 0 < self.max_val_tokens < length, f"be 0 or at least {length}"),
+        ("run_id", self.run_id or not self.resume, "name the run that RESUME continues"),
+        ("run_id", re.fullmatch(r"(\w[\w.+-]*)?", self.run_id), "be letters, digits, _.+-; no .+- first"),
+        ("val_nll_path", not nll.name or nll.suffix == ".npy" and nll.parent.is_dir(), "be .npy in a folder"),
       ]
-    return [f"{name.upper()}={value[name]}: {rule}" for name, holds, rule in rules if not holds]
+    return [f"{name.upper()}={value[name]}: must {rule}" for name, holds, rule in rules if not holds]
 
-PARSERS = {str: str, int: int, float: float, bool: {"0": False, "1": True}.__getitem__}
 ACCEPTED = {int: "a whole number", float: "a number", bool: "0 or 1"}
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = dict(bfloat16=torch.bfloat16, float32=torch.float32)
 CHOICES = dict(device="auto cuda cpu", attention="auto fa3 cudnn flash products", compile="auto 0 1 blocks",
-               compute_dtype="auto bfloat16 float32", embed_bits="6 8 16")
-MUST_BE_POSITIVE = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult bigram_dim logit_softcap rope_base
-    train_seq_len train_batch_tokens iterations val_batch_size train_log_every muon_backend_steps swa_every
-    max_artifact_bytes eval_stride eval_batch_seqs ttt_chunk_tokens""".split()
+  compute_dtype="auto bfloat16 float32", embed_bits="6 8 16")
+MODEL_SETTINGS = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult bigram_vocab_size bigram_dim
+  logit_softcap rope_base train_seq_len embed_bits""".split()
+POSITIVE = MODEL_SETTINGS + """train_batch_tokens iterations val_batch_size train_log_every muon_backend_steps
+  swa_every max_artifact_bytes eval_stride eval_batch_seqs ttt_chunk_tokens""".split()
 
-def within_edits(a: str, b: str, edits: int) -> bool:
-  """Whether so many insertions, deletions, substitutions turn a into b."""
+def within_edits(a, b, edits):
+  """Whether so many edits of a character turn a into b."""
   while a and b and a[0] == b[0]:
     a, b = a[1:], b[1:]
   tries = (a[1:], b[1:]), (a[1:], b), (a, b[1:])
   return a == b or edits > 0 and any(within_edits(*pair, edits - 1) for pair in tries)
 
 # ---- Ranks and log
-# All communication. The ranks always hold the same weights; they share work, gradients and rank 0's clock.
+# All ranks hold the same weights; they share work, gradients and rank 0's clock.
 
 class Dist:
-  """This rank, its device, the collectives."""
-  def __init__(self, device: str = "cpu", env: Mapping[str, str] = {}):
+  """This rank, its device, all communication."""
+  def __init__(self, device="cpu", env={}):
     names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     self.rank, self.world_size, local_rank, local_size = (int(env.get(*name)) for name in names)
-    self.is_master = self.rank == 0
-    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if on_gpu and max(local_size, local_rank + 1) > (gpus := torch.cuda.device_count()):
-      raise UserError(f"{local_size} processes on {gpus} GPUs: lower --nproc_per_node, or set DEVICE=cpu")
-    self.device = torch.device(f"cuda:{local_rank}" if on_gpu else "cpu")
-    if on_gpu:
+    self.is_master, self.signal, self.stop, self.patience = self.rank == 0, 0, 0, 1e9
+    self.on_gpu = device == "cuda" or device == "auto" and torch.cuda.is_available()
+    self.device = torch.device(f"cuda:{local_rank}" if self.on_gpu else "cpu")
+    if self.on_gpu:
+      gpus = torch.cuda.device_count()
+      refuse(local_size > gpus, f"{local_size} processes on {gpus} GPUs: lower --nproc_per_node, or set DEVICE=cpu")
       torch.cuda.set_device(self.device)
     elif local_size > 1:  # torchrun's OMP_NUM_THREADS=1 leaves cores idle
       torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if self.world_size > 1:  # gloo beside nccl: hosts' decisions bypass GPUs
-      distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+      store, rank, size = next(comm.rendezvous("env://"))
+      store = comm.PrefixStore(env.get("TORCHELASTIC_RESTART_COUNT", ""), store)  # else addresses of the dead
+      comm.init_process_group("cpu:gloo,cuda:nccl" if self.on_gpu else "gloo", store=store, rank=rank, world_size=size)
 
   def mine(self, items):
     return items[self.rank :: self.world_size]
 
-  def sum_(self, tensor: Tensor) -> Tensor:
+  def expect(self, seconds=1e9, more=0):
+    """Until the next call; a rank that hangs shows where and ends."""
+    self.patience = seconds
+    faulthandler.dump_traceback_later(min(seconds, 1e9) + more, exit=True)
+
+  def meet(self, collective, *args, **options):
+    """Calls what waits for other ranks; the one that hangs ends first."""
+    self.expect(self.patience, more=5)
+    collective(*args, **options)
+    self.expect(self.patience)
+
+  def sum_(self, tensor):
     if self.world_size > 1:
-      distributed.all_reduce(tensor)
+      self.meet(comm.all_reduce, tensor)
     return tensor
 
-  def start_gathering(self, part: Tensor) -> tuple[Tensor, Callable[[], None]]:
+  def gather(self, part):
     """All ranks' parts in order, and what waits for them."""
     if self.world_size == 1:
       return part, lambda: None
     whole = part.new_empty(self.world_size * len(part), *part.shape[1:])
-    return whole, distributed.all_gather_into_tensor(whole, part, async_op=True).wait
+    return whole, comm.all_gather_into_tensor(whole, part, async_op=True).wait
 
-  def from_master(self, value):
-    box = [value]
+  def from_master(self, make):
+    box = [make() if self.is_master else None]
     if self.world_size > 1:
-      distributed.broadcast_object_list(box, device=torch.device("cpu"))
+      self.meet(comm.broadcast_object_list, box, device=torch.device("cpu"))
     return box[0]
 
-  def now(self) -> float:
-    """Rank 0's clock, s, after the device's work."""
-    if self.device.type == "cuda":
-      torch.cuda.synchronize()
-    return self.from_master(time.perf_counter())
+  def now(self):
+    """Rank 0's clock, s, after the device's work; also its signal."""
+    if self.on_gpu:
+      self.meet(torch.cuda.synchronize)
+    seconds, self.stop = self.from_master(lambda: (perf_counter(), self.signal))
+    return seconds
 
-  def weight_digests(self, model: nn.Module) -> str:
-    """Start of the SHA-256 of each rank's weights; RuntimeError unless equal."""
+  def catch_signals(self):
+    for number in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(number, lambda number, _: setattr(self, "signal", number))
+
+  def digests(self, model):
+    """Starts of each rank's SHA-256 of the weights, all equal."""
     weights = b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())
-    digests = [hashlib.sha256(weights).hexdigest()[:16]] * self.world_size
+    found = [hashlib.sha256(weights).hexdigest()[:16]] * self.world_size
     if self.world_size > 1:
-      distributed.all_gather_object(digests, digests[0])
-    if len(set(digests)) > 1:
-      raise RuntimeError(f"the ranks hold different weights: {digests}")
-    return " ".join(digests)
+      comm.all_gather_object(found, found[0])
+    assert len(set(found)) == 1, f"the ranks hold different weights: {found}"
+    return " ".join(found)
 
 class Log:
-  """Lines for people (console, train.log), records for programs (metrics.jsonl), if there is a folder."""
-  def __init__(self, folder: Path | None):
-    self.folder, self.start = folder, time.perf_counter()
+  """Lines for people (console, train.log), records for programs (metrics.jsonl: so many bytes stay), if in a folder."""
+  def __init__(self, folder, keep=0):
+    self.folder, self.start = folder, perf_counter()
     if folder:
       folder.mkdir(parents=True, exist_ok=True)
-      self.text, self.records = (open(folder / name, "w", buffering=1) for name in ("train.log", "metrics.jsonl"))
+      mode = "a" if keep else "w"
+      self.text, self.records = (open(folder / name, mode, 1) for name in ("train.log", "metrics.jsonl"))
+      self.records.truncate(min(keep, self.records.tell()))
 
-  def __call__(self, line: str = "", *, console: bool = True, **record) -> None:
-    if not self.folder:
-      return
-    if line:
+  def __call__(self, line="", *, console=True, **record):
+    if line and self.folder:
       print(line, file=self.text)
-    if line and console:
-      print(line, flush=True)
-    if record:
-      print(json.dumps(record | dict(since_start_s=time.perf_counter() - self.start)), file=self.records)
+      if console:
+        print(line, flush=True)
+    if record and self.folder:
+      print(json.dumps(record | dict(since_start_s=perf_counter() - self.start)), file=self.records)
 
 # ---- Data
-# Shards: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens. What a step trains on
-# depends on its number only. Sequences cross document boundaries, as in the challenge's baseline.
+# Shards: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens. A step's number alone says
+# what it trains on. Sequences cross documents, as in the challenge's baseline.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
-GET_DATA = "run 'python data/cached_challenge_fineweb.py' or 'python data/build_dataset.py', set what it prints"
+GET_DATA = "run python data/cached_challenge_fineweb.py or python data/build_dataset.py, set what it prints"
 
-def open_shard(path: Path, vocab_size: int) -> np.ndarray:
-  """uint16 [tokens], memory-mapped; checks header, length, first million ids."""
-  header, size, start = np.fromfile(path, "<i4", 3).tolist(), path.stat().st_size, 4 * SHARD_HEADER_INTS
+def plain(path):
+  fits = Path(path).is_file() and Path(path).stat().st_size < 1 << 33
+  refuse(not fits, f"{path}: no such file, or over 8 GiB")  # pipes have no end
+  return Path(path)
+
+def open_shard(path, vocab_size):
+  """uint16 [tokens], memory-mapped; checks header, length, a million ids."""
+  header, size, start = np.fromfile(plain(path), "<i4", 3).tolist(), path.stat().st_size, 4 * SHARD_HEADER_INTS
   expected = [SHARD_MAGIC, SHARD_VERSION, (size - start) / 2]
-  if size <= start or header != expected:
-    raise UserError(f"{path}: {size} bytes, header {header}, not {expected}: delete it and {GET_DATA}")
+  refuse(size <= start or header != expected, f"{path}: {size} bytes, header {header}: delete it and {GET_DATA}")
   tokens = np.memmap(path, "<u2", "r", start)
-  check_ids(tokens[: 1 << 20], vocab_size, path)
+  for first in np.linspace(0, max(len(tokens) - 2**16, 0), 16, dtype=int):
+    check_ids(np.fromfile(path, "<u2", 2**16, offset=start + 2 * first), vocab_size, path)
   return tokens
 
-def check_ids(tokens: np.ndarray, vocab_size: int, source: Path) -> np.ndarray:
-  if (highest := int(tokens.max())) >= vocab_size:
-    raise UserError(f"{source}: token id {highest} >= VOCAB_SIZE={vocab_size}: set the tokenizer's")
+def check_ids(tokens, vocab_size, source):
+  highest = int(tokens.max())
+  refuse(highest >= vocab_size, f"{source}: token id {highest} >= VOCAB_SIZE={vocab_size}: set the tokenizer's")
   return tokens
 
 class TokenStream:
-  """A split's ("train", "val") tokens, shards in name order, without end."""
-  def __init__(self, config: Config, split: str):
+  """A split's tokens, shards in name order, without end."""
+  def __init__(self, config, split):
     self.config, self.folder = config, Path(config.data_path)
     self.shards = [open_shard(p, config.vocab_size) for p in sorted(self.folder.glob(f"fineweb_{split}_*.bin"))]
     self.starts = np.cumsum([0, *map(len, self.shards)])
     self.num_tokens = int(self.starts[-1])
-    if self.num_tokens <= config.train_seq_len:
-      raise UserError(f"DATA_PATH={self.folder}: {self.num_tokens} tokens in {len(self.shards)} fineweb_{split}_*"
-                      f".bin, less than a sequence of {config.train_seq_len}: {GET_DATA}")
+    refuse(self.num_tokens <= config.train_seq_len, f"DATA_PATH={self.folder}: {self.num_tokens} tokens in "
+      f"{len(self.shards)} fineweb_{split}_*.bin, less than a sequence: {GET_DATA}")
 
-  def read(self, start: int, count: int) -> np.ndarray:
+  def read(self, start, count):
     """Tokens [start, start + count), uint16; the first follows the last."""
     parts = []
     while count > 0:
       position = start % self.num_tokens
-      index = int(np.searchsorted(self.starts, position, side="right")) - 1
-      parts.append(self.shards[index][position - self.starts[index] :][:count])
+      index = np.searchsorted(self.starts, position, "right") - 1
+      shard = self.shards[index]
+      changed = os.path.getsize(shard.filename) != shard.offset + shard.nbytes
+      refuse(changed, f"{shard.filename} has changed: put it back")  # reading beyond its end would kill us
+      parts.append(shard[position - self.starts[index] :][:count])
       start, count = start + len(parts[-1]), count - len(parts[-1])
     return check_ids(np.concatenate(parts), self.config.vocab_size, self.folder)
 
-  def micro_batches(self, step: int, dist: Dist) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets, int64 [micro_batch_tokens / L, L]: this rank's block of the step's train_batch_tokens."""
+  def micro_batches(self, step, dist):
+    """Inputs and targets, int64 [micro_batch_tokens / L, L], of this rank's share of the step."""
     length, size = self.config.train_seq_len, self.config.micro_batch_tokens
     share = self.config.train_batch_tokens // dist.world_size
     first = (step * dist.world_size + dist.rank) * share
     for start in range(first, first + share, size):
       tokens = torch.from_numpy(self.read(start, size + 1).astype(np.int64))
-      if dist.device.type == "cuda":
+      if dist.on_gpu:
         tokens = tokens.pin_memory().to(dist.device, non_blocking=True)
       yield tokens[:-1].view(-1, length), tokens[1:].view(-1, length)
 
 class TokenBytes:
-  """Bytes of text behind tokens: the score does not depend on the tokenizer."""
-  def __init__(self, tokenizer: spm.SentencePieceProcessor):
+  """Bytes of text: the score does not depend on the tokenizer."""
+  def __init__(self, tokenizer):
     ids = list(range(tokenizer.vocab_size()))
     pieces = tokenizer.id_to_piece(ids)
-    lengths = [len(piece.removeprefix("▁").replace("▁", " ").encode()) for piece in pieces]
-    self.control = np.any([tokenizer.is_control(ids), tokenizer.is_unknown(ids), tokenizer.is_unused(ids)], axis=0)
-    self.leading_space = np.array([piece.startswith("▁") for piece in pieces])
+    lengths = [len(p.removeprefix("▁").replace("▁", " ").encode()) for p in pieces]
+    self.control = np.any([tokenizer.is_control(ids), tokenizer.is_unknown(ids), tokenizer.is_unused(ids)], 0)
+    self.leading_space = np.array([p.startswith("▁") for p in pieces])
     self.base = np.where(self.control, 0, np.where(tokenizer.is_byte(ids), 1, lengths))
 
-  def count(self, tokens: np.ndarray) -> np.ndarray:
-    """Bytes of the targets tokens[1:], int64 [N]: UTF-8 bytes of a piece, 1 of a byte token, 0 of a control token
-    and of the leading space behind it."""
-    previous, target = tokens[:-1], tokens[1:]
-    return self.base[target] + (self.leading_space[target] & ~self.control[previous])
+  def count(self, tokens):
+    """UTF-8 bytes of the targets tokens[1:], int64 [N]; none of control tokens or the leading space behind one."""
+    target = tokens[1:]
+    return self.base[target] + (self.leading_space[target] & ~self.control[tokens[:-1]])
 
-def load_tokenizer(config: Config) -> spm.SentencePieceProcessor:
-  """UserError if missing, damaged or of another size."""
+def load_tokenizer(config):
+  """Refuses what is missing, damaged or of another size."""
   try:
-    tokenizer = spm.SentencePieceProcessor(model_proto=Path(config.tokenizer_path).read_bytes())
-  except (RuntimeError, OSError) as error:
-    raise UserError(f"TOKENIZER_PATH={config.tokenizer_path}: no SentencePiece model there: {GET_DATA}") from error
-  if (size := tokenizer.vocab_size()) != config.vocab_size:
-    raise UserError(f"{config.tokenizer_path} has {size} tokens, VOCAB_SIZE={config.vocab_size}: make them equal")
+    data = plain(config.tokenizer_path).open("rb").read(1 << 24)
+    tokenizer = spm.SentencePieceProcessor(model_proto=data)
+    tokenizer.id_to_piece(list(range(tokenizer.vocab_size())))  # all UTF-8?
+  except (RuntimeError, OSError, ValueError) as error:
+    raise UserError(f"TOKENIZER_PATH={config.tokenizer_path}: no SentencePiece model: {GET_DATA}") from error
+  size, expected = tokenizer.vocab_size(), config.vocab_size
+  refuse(size != expected, f"{config.tokenizer_path} has {size} tokens, VOCAB_SIZE={expected}: make them equal")
   return tokenizer
 
 # ---- Model
-# Pre-norm, weightless RMSNorm, no biases. Weights are fp32, cast where used; activations are in compute_dtype.
+# Pre-norm, weightless RMSNorm, no biases. Weights are fp32, cast where used.
 
-def rms_norm(x: Tensor) -> Tensor:
+def rms_norm(x):
   return F.rms_norm(x, (x.size(-1),))
 
 class Linear(nn.Linear):
-  """y = x W^T, the weight cast to the input's dtype."""
-  def forward(self, x: Tensor) -> Tensor:
+  """Cast to the input's dtype."""
+  def forward(self, x):
     return F.linear(x, self.weight.to(x.dtype))
 
 class BigramHash(nn.Module):
-  """What two tokens say together: a hashed table, projected to width D (PR #264)."""
-  def __init__(self, config: Config):
+  """A hashed table of token pairs, projected to width D (PR #264)."""
+  def __init__(self, config):
     super().__init__()
     self.buckets = config.bigram_vocab_size - 1  # the last row: position 0
     self.embed = nn.Embedding(config.bigram_vocab_size, config.bigram_dim)
     self.proj = Linear(config.bigram_dim, config.model_dim, bias=False)
     self.scale = nn.Parameter(torch.tensor(0.05))
-
-  def hash(self, tokens: Tensor) -> Tensor:
-    """Rows of the table: int64 [B, T] -> int64 [B, T]."""
+  def hash(self, tokens):
+    """Rows of the table, int64 [B, T]."""
     bucket = ((36313 * tokens[:, 1:]) ^ (27191 * tokens[:, :-1])) % self.buckets
     return F.pad(bucket, (1, 0), value=self.buckets)
-
-  def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+  def forward(self, tokens, dtype):
     return self.proj(self.embed(self.hash(tokens)).to(dtype)) * self.scale.to(dtype)
 
 class SmearGate(nn.Module):
-  """Blends in the position before, by a learned share per dimension (modded-nanogpt; PR #264)."""
-  def __init__(self, dim: int):
+  """Blends in the position before (modded-nanogpt; PR #264)."""
+  def __init__(self, dim):
     super().__init__()
-    self.gate = nn.Parameter(torch.zeros(dim))  # half and half
-
-  def forward(self, x: Tensor) -> Tensor:
-    gate = torch.sigmoid(self.gate).to(x.dtype)
+    self.gate = nn.Parameter(torch.zeros(dim))
+  def forward(self, x):
+    gate = self.gate.sigmoid().to(x.dtype)
     return (1 - gate) * x + gate * F.pad(x, (0, 0, 1, -1))  # zeros before position 0
 
 class Attention(nn.Module):
-  """Causal grouped-query attention (arXiv:2305.13245), normalised q and k, RoPE (arXiv:2104.09864), query gain."""
-  def __init__(self, config: Config):
+  """Causal grouped-query attention (arXiv:2305.13245), RoPE (arXiv:2104.09864), normalised q and k, query gain."""
+  def __init__(self, config):
     super().__init__()
     self.heads, self.kv_heads, dim = config.num_heads, config.num_kv_heads, config.model_dim
     kv_dim = dim // self.heads * self.kv_heads
     self.c_q, self.c_k, self.c_v, self.proj = (Linear(dim, n, bias=False) for n in (dim, kv_dim, kv_dim, dim))
     self.q_gain = nn.Parameter(torch.full((self.heads, 1), config.qk_gain_init))
     self.back_end = BACK_ENDS.get(config.attention, attend_by_products)
-
-  def forward(self, x: Tensor, rope: Tensor, mask: Tensor, at: Tensor | None) -> Tensor:
+  def forward(self, x, rope, mask, at):
     asking, rope_q = (x, rope) if at is None else (x.take_along_dim(at[..., None], 1), rope[:, at])
     q = self.c_q(asking).unflatten(-1, (self.heads, -1))  # (B, S, H, E)
-    k, v = (matrix(x).unflatten(-1, (self.kv_heads, -1)) for matrix in (self.c_k, self.c_v))  # (B, T, K, E)
+    k, v = (c(x).unflatten(-1, (self.kv_heads, -1)) for c in (self.c_k, self.c_v))  # (B, T, K, E)
     q, k = rotate(rms_norm(q), rope_q) * self.q_gain.to(x.dtype), rotate(rms_norm(k), rope)
     y = self.back_end(q, k, v, mask) if at is None else attend_by_products(q, k, v, mask[at][:, None, None])
     return self.proj(y.flatten(2))
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-  """Rotary embedding of x (B, T, heads, E): dimension i pairs with i + E/2. rope: cos, sin (2, [B,] T, 1, E/2)."""
+def rotate(x, rope):
+  """x (B, T, heads, E): dimension i turns with i + E/2. rope: cos, sin (2, [B,] T, 1, E/2)."""
   cos, sin = rope.to(x.dtype)
-  first, second = x.chunk(2, dim=-1)
-  return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+  first, second = x.chunk(2, -1)
+  return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
-def attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-  """Attention of q (B, S, H, E) to k, v (B, T, K, E): (B, S, H, E). mask: causal_mask, or its rows for the queries
-  (B, 1, 1, S, T). Blocks of queries leave out most later keys: on CPUs in bf16 2-3x as fast as PyTorch's kernel."""
+def attend_by_products(q, k, v, mask):
+  """q (B, S, H, E), k, v (B, T, K, E) -> (B, S, H, E). mask: causal_mask, or the queries' rows of it
+  (B, 1, 1, S, T). Blocks of queries leave out most later keys: on CPUs in bf16 2-3x PyTorch's speed."""
   q = (q * q.size(-1) ** -0.5).unflatten(2, (k.size(2), -1)).permute(0, 2, 3, 1, 4)  # (B, K, H/K, S, E)
   k, v, size, parts = k.transpose(1, 2), v.transpose(1, 2), max(128, k.size(1) // 8), []
-  for first, part in zip(range(0, q.size(3), size), q.split(size, dim=3)):
+  for first, part in zip(range(0, q.size(3), size), q.split(size, 3)):
     end = k.size(2) if mask.ndim > 2 else first + size
     scores = (part.flatten(2, 3) @ k[:, :, :end].mT).unflatten(2, part.shape[2:4])  # (B, K, H/K, size, end)
     scores = scores + mask[..., first : first + size, :end]
     parts.append((scores.softmax(-1).flatten(2, 3) @ v[:, :, :end]).view(part.shape))
   return torch.cat(parts, 3).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
-def attend_by_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def attend_by_sdpa(q, k, v, mask):
   q, k, v = (t.transpose(1, 2) for t in (q, k, v))
   return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
-def attend_by_fa3(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-  """The same with FlashAttention 3 (arXiv:2407.08608)."""
+def attend_by_fa3(q, k, v, mask):
+  """FlashAttention 3 (arXiv:2407.08608)."""
   from flash_attn_interface import flash_attn_func
   y = flash_attn_func(q, k, v, causal=True)
   return y[0] if isinstance(y, tuple) else y
 
-BACK_ENDS = dict(fa3=attend_by_fa3, cudnn=attend_by_sdpa, flash=attend_by_sdpa, products=attend_by_products)
+BACK_ENDS = dict(products=attend_by_products, flash=attend_by_sdpa, cudnn=attend_by_sdpa, fa3=attend_by_fa3)
 
-def causal_mask(config: Config) -> Tensor:
+def causal_mask(config):
   """(L, L): 0, and -inf for keys after the query."""
   return torch.full([config.train_seq_len] * 2, -math.inf, dtype=DTYPES.get(config.compute_dtype)).triu(1)
 
-def choose_attention(config: Config, dist: Dist, log: Log) -> str:
-  """For "auto" the fastest of BACK_ENDS on this GPU, forwards and backwards, that agrees with attend_by_products; on
-  CPUs that one (benchmarks/step.py)."""
+def choose_attention(config, dist, log):
+  """auto: on GPUs the back end fastest forwards and backwards that agrees with products; on CPUs products."""
   auto, seconds, expected = config.attention == "auto", {}, []
-  names = list(reversed(BACK_ENDS))[: 2 if config.deterministic else 4]  # these repeat
-  q, k, v = (torch.randn(8, config.train_seq_len, heads, config.model_dim // config.num_heads, device=dist.device,
-                         dtype=DTYPES[config.compute_dtype], requires_grad=True)
-             for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads))
   mask = causal_mask(config).to(dist.device)
-  for name in names if auto and dist.device.type == "cuda" else ():
+  q, k, v = (mask.new_empty(8, len(mask), heads, config.model_dim // config.num_heads).normal_().requires_grad_()
+    for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads))
+  for name in list(BACK_ENDS)[: 2 if config.deterministic else 4] if auto and dist.on_gpu else ():  # two repeat
     allow_kernel(name)
     try:
-      attend, times = compiled(BACK_ENDS[name]) if config.compile == "1" else BACK_ENDS[name], []
-      for _ in range(8):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+      attend, found = compiled(BACK_ENDS[name]) if config.compile == "1" else BACK_ENDS[name], []
+      def work():
         y = attend(q, k, v, mask)
-        found = [y, *torch.autograd.grad(y, (q, k, v), torch.ones_like(y))]
+        found[:] = y, *torch.autograd.grad(y, (q, k, v), torch.ones_like(y))
         torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+      best = min(timeit.repeat(work, number=1, repeat=8))
       expected = expected or found
-      if any((a - b).norm() > 0.02 * b.norm() for a, b in zip(found, expected)):
-        raise ArithmeticError("other results than products")
-      seconds[name] = min(times)
-    except Exception as reason:  # whatever they raise
+      refuse(any((a - b).norm() > 0.02 * b.norm() for a, b in zip(found, expected)), "other than products")
+      seconds[name] = best
+    except Exception as reason:
       log(f"attention {name}: {reason!r:.100}")
-  choice = dist.from_master(min(seconds, key=seconds.get, default="products")) if auto else config.attention
+  choice = dist.from_master(lambda: min(seconds, key=seconds.get, default="products")) if auto else config.attention
   allow_kernel(choice)
   log(f"attention:{choice} of {seconds}", event="attention", choice=choice, seconds=seconds)
   return choice
 
-def compiled(function: Callable) -> Callable:
+def compiled(function):
   return torch.compile(function, dynamic=False, fullgraph=True)
 
-def allow_kernel(name: str) -> None:
+def allow_kernel(name):
   """Leaves attend_by_sdpa one kernel."""
   for kernel in ("flash", "cudnn", "mem_efficient", "math") if name in ("flash", "cudnn") else ():
     getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(kernel == name)
 
 class MLP(nn.Module):
-  """proj(relu(fc(x))^2): squared ReLU (Primer, arXiv:2109.08668)."""
-  def __init__(self, config: Config):
+  """Squared ReLU (Primer, arXiv:2109.08668)."""
+  def __init__(self, config):
     super().__init__()
     dim, hidden = config.model_dim, int(config.mlp_mult * config.model_dim)
     self.fc, self.proj = Linear(dim, hidden, bias=False), Linear(hidden, dim, bias=False)
-
-  def forward(self, x: Tensor) -> Tensor:
-    return self.proj(F.relu(self.fc(x)).square())
+  def forward(self, x):
+    return self.proj(self.fc(x).relu().square())
 
 class Block(nn.Module):
-  """Mixes x with x0, adds attention and MLP, all scaled by dimension."""
-  def __init__(self, config: Config):
+  """Mixes x with x0, adds attention and MLP, scaled by dimension."""
+  def __init__(self, config):
     super().__init__()
     ones = torch.ones(config.model_dim)
     self.attn, self.mlp = Attention(config), MLP(config)
-    self.attn_scale, self.mlp_scale = nn.Parameter(ones.clone()), nn.Parameter(ones.clone())
+    self.attn_scale, self.mlp_scale = nn.Parameter(ones), nn.Parameter(ones.clone())
     self.resid_mix = nn.Parameter(torch.stack((ones, 0 * ones)))  # of x, x0
-
-  def forward(self, x: Tensor, x0: Tensor, rope: Tensor, mask: Tensor, at: Tensor | None = None) -> Tensor:
-    """(B, T, D) -> (B, T, D), or (B, S, D) for the positions at (B, S)."""
+  def forward(self, x, x0, rope, mask, at=None):
+    """(B, T, D) -> (B, T, D), or (B, S, D) at positions (B, S)."""
     mix = self.resid_mix.to(x.dtype)
     x = mix[0] * x + mix[1] * x0
     attended = self.attn(rms_norm(x), rope, mask, at)
@@ -482,9 +504,8 @@ class Block(nn.Module):
     return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x))
 
 class GPT(nn.Module):
-  """model(int64 [B, T]) -> logits fp32 [B, T, V], soft-capped; T <= L. U-Net skips join the first half of the blocks
-  to the second, last to first. Input and output embedding are tied."""
-  def __init__(self, config: Config):
+  """int64 [B, T] -> logits fp32 [B, T, V], T <= L. U-Net skips join the halves of the blocks, last to first."""
+  def __init__(self, config):
     super().__init__()
     self.config, self.dtype = config, DTYPES.get(config.compute_dtype, torch.float32)
     self.tok_emb = nn.Embedding(config.vocab_size, config.model_dim)
@@ -494,341 +515,418 @@ class GPT(nn.Module):
     half = config.model_dim // config.num_heads // 2
     frequency = config.rope_base ** (-torch.arange(half) / half)
     angle = torch.arange(config.train_seq_len)[:, None, None] * frequency  # (L, 1, E/2)
-    self.register_buffer("rope", torch.stack((angle.cos(), angle.sin())), persistent=False)
-    self.register_buffer("mask", causal_mask(config), persistent=False)
+    tables = torch.stack((angle.cos(), angle.sin())), causal_mask(config)
+    self.rope, self.mask = (nn.Buffer(table, persistent=False) for table in tables)
     self.init_weights()
-
-  def init_weights(self) -> None:
+  def init_weights(self):
     """Orthogonal matrices (arXiv:1312.6120), zero output projections. PR #264's 1/sqrt(2 * layers) for these only
-    reaches the bigram projection; were that zero too, it and its table would never move."""
+    reaches the bigram projection; were that zero, it and its table would never move."""
     nn.init.normal_(self.tok_emb.weight, std=0.005)
     nn.init.zeros_(self.bigram.embed.weight)
     nn.init.orthogonal_(self.bigram.proj.weight, gain=1 / math.sqrt(2 * self.config.num_layers))
-    for block in self.blocks:
-      for matrix in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.fc):
-        nn.init.orthogonal_(matrix.weight)
-      nn.init.zeros_(block.attn.proj.weight)
-      nn.init.zeros_(block.mlp.proj.weight)
-
-  def embed(self, tokens: Tensor) -> Tensor:
+    for name, p in self.blocks.named_parameters():
+      if name.endswith(".proj.weight"):
+        nn.init.zeros_(p)
+      elif name.endswith(".weight"):
+        nn.init.orthogonal_(p)
+  def embed(self, tokens):
     """int64 [B, T] -> (B, T, D)."""
     return self.smear(rms_norm(self.tok_emb(tokens).to(self.dtype) + self.bigram(tokens, self.dtype)))
-
-  def hidden(self, tokens: Tensor, at: Tensor | None) -> Tensor:
-    """int64 [B, T] -> (B, T, D), or, the last block doing less, (B, S, D) for the positions at (B, S)."""
-    x0, last, num_skips = self.embed(tokens), len(self.blocks) - 1, len(self.skip_weights)
-    rope, mask = self.rope[:, : x0.size(1)], self.mask[: x0.size(1), : x0.size(1)]
+  def hidden(self, tokens, at):
+    """int64 [B, T] -> (B, T, D), or (B, S, D) at positions (B, S): the last block does less."""
+    x0, num_skips, T = self.embed(tokens), len(self.skip_weights), tokens.size(1)
+    rope, mask = self.rope[:, :T], self.mask[:T, :T]
     x, skips = x0.view_as(x0), []  # another object: one graph for all blocks
     for index, block in enumerate(self.blocks):
       if index >= num_skips and skips:
         x = x + self.skip_weights[index - num_skips].to(x.dtype) * skips.pop()
-      x = block(x, x0, rope, mask, at if index == last else None)
+      x = block(x, x0, rope, mask, at if index == len(self.blocks) - 1 else None)
       if index < num_skips:
         skips.append(x)
     return x
-
-  def logits(self, x: Tensor) -> Tensor:
-    logits = F.linear(rms_norm(x), self.tok_emb.weight.to(x.dtype)).float()
-    return self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
-
-  def nll(self, x: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-
-  def forward(self, tokens: Tensor) -> Tensor:
+  def logits(self, x):
+    cap = self.config.logit_softcap
+    return cap * (F.linear(rms_norm(x), self.tok_emb.weight.to(x.dtype)).float() / cap).tanh()
+  def nll(self, x, targets):
+    return F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+  def forward(self, tokens):
     return self.logits(self.hidden(tokens, None))
 
-def token_nll(model: GPT, tokens: Tensor, targets: Tensor, at: Tensor | None = None) -> Tensor:
-  """Nats of each target, everywhere: int64 [B, T] and [B, S] -> fp32 [B, S]."""
+def token_nll(model, tokens, targets, at=None):
+  """Nats of each target: int64 [B, T] and [B, S] -> fp32 [B, S]."""
   return model.nll(model.hidden(tokens, at), targets)
 
 # ---- Optimiser
-# Muon for matrices in the model, AdamW for embeddings and per-dimension parameters.
 
 class FlatGradients:
-  """One buffer for all gradients; each .grad is a view, which zero_grad() would drop."""
-  def __init__(self, model: nn.Module):
+  """One buffer for all gradients; each .grad is a view, so no zero_grad()."""
+  def __init__(self, model):
     params = list(model.parameters())
     sizes = [p.numel() for p in params]
     self.flat = torch.zeros(sum(sizes), device=params[0].device)
+    self.skipped = self.flat.new_zeros(2)  # steps in all, in a row
     for p, view in zip(params, self.flat.split(sizes)):
       p.grad = view.view_as(p)
 
-  def reduce_and_clip(self, dist: Dist, max_norm: float) -> None:
-    """Sums over ranks, scales to a norm of at most max_norm (0: no limit)."""
-    dist.sum_(self.flat)
-    if max_norm > 0:
-      self.flat.mul_((max_norm / (self.flat.norm() + 1e-6)).clamp(max=1.0))
+  def reduce_and_clip(self, dist, max_norm):
+    """Sums over ranks, limits the norm (0: no limit); 0. If not finite: sets all to zero; 1."""
+    norm = dist.sum_(self.flat).norm()
+    self.flat.mul_(((max_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0)).nan_to_num_(0, 0, 0)
+    return 1 - norm.isfinite().float()
 
-def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
-  """[n, rows, cols] with singular values moved near 1 (0.7 to 1.2 in 5 steps): Muon's quintic iteration (Keller
-  Jordan et al., kellerjordan.github.io/posts/muon)."""
-  tall = matrices.size(-2) > matrices.size(-1)
-  x = matrices.mT if tall else matrices  # for a small Gram matrix
+def newton_schulz(x, steps):
+  """[n, rows, cols], singular values moved near 1 (0.7 to 1.2 in 5 steps): Muon's iteration (Keller Jordan et al.,
+  kellerjordan.github.io/posts/muon)."""
+  tall = x.size(-2) > x.size(-1)
+  x = x.mT if tall else x  # for a small Gram matrix
   x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
   for _ in range(steps):
     gram = x @ x.mT
-    polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-    x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
   return x.mT if tall else x
 
 class Muon(optim.Optimizer):
   """Nesterov momentum, orthogonalised; decoupled weight decay; for matrices only:
   W <- (1 - lr * weight_decay) * W - lr * sqrt(max(1, rows / cols)) * newton_schulz(g + momentum * buffer)."""
-  def __init__(self, params, lr: float, momentum: float, weight_decay: float = 0.0, steps: int = 5, *, dist=None,
-               dtype: torch.dtype = torch.float32):
+  def __init__(self, params, lr, momentum, weight_decay=0.0, steps=5, *, dist=Dist(), dtype=torch.float32):
     super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps))
-    self.dist, self.dtype = dist or Dist(), dtype
+    self.dist, self.dtype = dist, dtype
 
   @torch.no_grad()
-  def step(self, closure: None = None) -> None:
+  def step(self, closure=None):
     for group in self.param_groups:
-      params = [p for p in group["params"] if p.grad is not None]
+      params = group["params"]
       for p in params:
-        if not self.state[p]:
-          self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-      grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
-      torch._foreach_mul_(buffers, group["momentum"])
+        self.state[p] = self.state[p] or dict(buffer=torch.zeros_like(p))
+      grads, buffers = [p.grad for p in params], [self.state[p]["buffer"] for p in params]
+      keep = 1 - getattr(self, "found_inf", 0)  # AdamW's: 1 leaves all as it is, gradients being 0
+      torch._foreach_mul_(buffers, group["momentum"] ** keep)
       torch._foreach_add_(buffers, grads)
-      updates = self.orthogonalize(torch._foreach_add(grads, buffers, alpha=group["momentum"]), group["steps"])
-      torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+      updates = self.orthogonalize(torch._foreach_add(grads, buffers, alpha=group["momentum"]), group["steps"], keep)
+      torch._foreach_mul_(params, (1 - group["lr"] * group["weight_decay"]) ** keep)
       torch._foreach_add_(params, updates, alpha=-group["lr"])
 
-  def orthogonalize(self, updates: list[Tensor], steps: int) -> list[Tensor]:
-    """Orthogonal updates, fp32. Each rank computes its share of a shape; meanwhile the shapes before travel."""
-    results, started = list(updates), []
+  def orthogonalize(self, updates, steps, factor=1.0):
+    """Makes updates orthogonal, times factor. Each rank does its share of a shape while others travel."""
+    started = []
     for rows, cols in dict.fromkeys(u.shape for u in updates):
-      indices = [i for i, u in enumerate(updates) if u.shape == (rows, cols)]
-      share = -(-len(indices) // self.dist.world_size)
-      mine = indices[self.dist.rank * share :][:share]
+      alike = [u for u in updates if u.shape == (rows, cols)]
+      share = -(-len(alike) // self.dist.world_size)
+      mine = alike[self.dist.rank * share :][:share]
       part = updates[0].new_zeros(share, rows, cols, dtype=self.dtype)
       if mine:
-        part[: len(mine)] = newton_schulz(torch.stack([updates[i] for i in mine]).to(self.dtype), steps)
-      started.append((indices, max(1.0, rows / cols) ** 0.5, *self.dist.start_gathering(part)))
-    for indices, scale, whole, wait in started:
+        part[: len(mine)] = newton_schulz(torch.stack(mine).to(self.dtype), steps)
+      started.append((alike, max(1, rows / cols) ** 0.5, *self.dist.gather(part)))
+    for alike, scale, whole, wait in started:
       wait()
-      for index, matrix in zip(indices, scale * whole.float()):
-        results[index] = matrix
-    return results
+      torch._foreach_copy_(alike, list(whole[: len(alike)]))
+      torch._foreach_mul_(alike, factor * scale)
+    return updates
 
-def build_optimizers(model: GPT, config: Config, dist: Dist) -> list[optim.Optimizer]:
+def build_optimizers(model, config, dist):
   matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
-  tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+  tables = [model.tok_emb.weight, model.bigram.embed.weight]
   controls = [p for name, p in model.named_parameters() if not name.endswith(".weight")]
   assert sorted(map(id, matrices + tables + controls)) == sorted(map(id, model.parameters()))
   decay, steps = config.weight_decay, config.muon_backend_steps
   muon = Muon(matrices, config.matrix_lr, config.muon_momentum, decay, steps, dist=dist, dtype=model.dtype)
   groups = [dict(params=tables, lr=config.tied_embed_lr), dict(params=controls, lr=config.scalar_lr)]
-  adamw = optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay, fused=True)
+  adamw = optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=decay, fused=True)
   for group in muon.param_groups + adamw.param_groups:
     group["base_lr"] = group["lr"]
   return [muon, adamw]
 
 # ---- Schedule
-# The budget nearer its end decides, steps or seconds. On slower machines and in small runs these shares keep the shape
-# of PR #264's run (3000 and 1500 of 5197 steps).
-WARMDOWN_MAX_SHARE, MOMENTUM_WARMUP_MAX_SHARE = 0.58, 0.29
+# The budget nearer its end decides, steps or seconds. Shares of it, 0.58 and 0.29, keep the shape of PR #264's run
+# (3000 and 1500 of 5197 steps) on slower machines.
 
-def lr_factor(step: int, elapsed_s: float, config: Config) -> float:
+def lr_factor(step, elapsed_s, config):
   """Share of the base learning rates: 1, then linear to 0 at the end of a budget."""
-  factor, step_s = 1.0, elapsed_s / max(step, 1)
-  for done, budget, per_step in ((step, config.iterations, 1), (elapsed_s, config.max_wallclock_seconds, step_s)):
-    if budget > 0:
-      warmdown = min(config.warmdown_iters * per_step, WARMDOWN_MAX_SHARE * budget)
-      factor = min(factor, (budget - done) / max(warmdown, 1e-9))
+  factor = 1.0
+  for done, budget in ((step, config.iterations), (elapsed_s, config.max_wallclock_seconds or math.inf)):
+    warmdown = min(config.warmdown_iters * (done / max(step, 1)), 0.58 * budget)
+    factor = min(factor, (budget - done) / max(warmdown, 1e-9))
   return max(factor, 0.0)
 
-def muon_momentum(step: int, elapsed_s: float, config: Config) -> float:
+def muon_momentum(step, elapsed_s, config):
   progress = step / max(config.muon_momentum_warmup_steps, 1e-9)
-  for done, budget in ((step, config.iterations), (elapsed_s, config.max_wallclock_seconds)):
-    if budget > 0:
-      progress = max(progress, done / (MOMENTUM_WARMUP_MAX_SHARE * budget))
+  for done, budget in ((step, config.iterations), (elapsed_s, config.max_wallclock_seconds or math.inf)):
+    progress = max(progress, done / (0.29 * budget))
   start = config.muon_momentum_warmup_start
   return start + min(progress, 1.0) * (config.muon_momentum - start)
+
+# ---- Checkpoints
+# Magic, SHA-256 of the rest; size (uint32) of a JSON header; header; raw tensors.
+CHECKPOINT_MAGIC = b"PGOLFCKP\x01"
+
+def due(step, every):
+  return every > 0 and step % every == 0
+
+def state_of(model, optimizers, *more):
+  """All that a run goes on from, changed in place only; fp64 first, for alignment."""
+  slots = [slot for optimizer in optimizers for slots in optimizer.state.values() for slot in slots.values()]
+  return [torch.get_rng_state(), *map(torch.as_tensor, more), *model.state_dict().values(), *slots]
+
+class Checkpoints:
+  """A run's last two states, which rank 0 writes in a thread, aside until whole. facts must not change."""
+  def __init__(self, config=Config(), dist=Dist(), facts={}):
+    self.config, self.dist, self.facts, self.folder = config, dist, facts, Path("logs", config.run_id)
+    self.header, self.log, self.saved, self.thread = {}, Log(None), perf_counter(), ThreadPoolExecutor(1)
+    self.writing = self.thread.submit(int)
+
+  def files(self):
+    return sorted(self.folder.glob("checkpoints/*.bin"))
+
+  def find(self):
+    """Header of what RESUME asks for (auto: the newest whole one) or {}."""
+    resume, problems = self.config.resume, []
+    for path in self.files()[::-1] if resume == "auto" else [Path(resume)] * bool(resume):
+      try:
+        payload = unseal(np.memmap(plain(path), mode="r"), CHECKPOINT_MAGIC)
+        end = min(4 + int.from_bytes(payload[:4], "little"), 1 << 20)
+        header = json.loads(bytes(payload[4:end])) | dict(path=str(path), damaged=problems)
+        others = [f"{name}={there!r:.40} there, {here!r} here" for name, here in self.facts.items()
+          if (there := header["facts"].get(name)) != here]
+        header["phase"].lower(), range(header["records"])
+      except Exception as error:
+        problems.append(f"{path}: {error!s:.200}")
+        continue
+      refuse(others, f"{path} is another run's, use its settings and script: {', '.join(others)}")
+      self.data = payload[end:]
+      return header
+    if not resume and self.files() and not (self.folder / "submission.json").exists():
+      problems = [f"{self.folder} has an unfinished run: RESUME=auto continues it, another RUN_ID does not"]
+    refuse(problems)
+    return {}
+
+  def begin(self, phase, state):
+    """What is saved from here on (phase "": never), set to what a checkpoint of this phase holds."""
+    self.phase, self.state = phase, state
+    if phase == self.header.get("phase"):
+      data = self.dist.from_master(lambda: torch.tensor(self.data))
+      try:
+        for tensor, piece in zip(state, data.split([t.nbytes for t in state])):
+          tensor.copy_(piece.view(tensor.dtype).view(tensor.shape))
+        torch.set_rng_state(state[0])
+        clock = torch.cat([t.flatten() for t in state if t.dtype == torch.float64])
+        refuse(not ((0 <= clock) & (clock < 2**31)).all() or clock[0] % 1, "an impossible clock")
+      except (RuntimeError, UserError) as error:
+        raise UserError(f"{self.header['path']}: {error!s:.100}: resume another") from error
+
+  def reached(self, count, final=False):
+    """Saves the state if it is time; ends after a signal."""
+    every_s, every, stop = self.config.checkpoint_every_seconds, self.config.checkpoint_every_steps, self.dist.stop
+    start = perf_counter()
+    now = stop or due(count, every) or 0 < every_s <= start - self.saved or final and every_s + every
+    if now and self.phase and self.log.folder:
+      self.writing.result()
+      self.saved = start
+      self.state[0] = torch.get_rng_state()
+      parts = [t.to("cpu", copy=True).flatten().view(torch.uint8).numpy() for t in self.state]
+      header = json.dumps(dict(facts=self.facts, phase=self.phase, records=self.log.records.tell())).encode()
+      self.writing = self.thread.submit(self.write, f"{self.phase}_{count:08}.bin", header, parts)
+      self.log(event="checkpoint", count=count, seconds=perf_counter() - start)
+    if stop or final:
+      self.writing.result()
+    if stop:
+      raise UserError(f"stopped by {signal.Signals(stop).name}")
+
+  def write(self, name, header, parts):
+    folder, parts = self.folder / "checkpoints", [len(header).to_bytes(4, "little"), header, *parts]
+    folder.mkdir(exist_ok=True)
+    checksum = hashlib.sha256()
+    for part in parts:
+      checksum.update(part)
+    write_whole(folder / name, [CHECKPOINT_MAGIC, checksum.digest(), *parts])
+    for old in self.files()[:-2]:
+      old.unlink()
+
+def write_whole(path, parts):
+  """Nothing has this name before all of it is on the disk."""
+  with open(path.with_name("part"), "wb") as file:
+    file.writelines(parts)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(file.name, path)
 
 # ---- Training
 CLOCK_STEPS = 10  # between readings
 
-@dataclass
 class Run:
-  config: Config
-  dist: Dist
-  log: Log
-  model: GPT
-  nll: Callable[..., Tensor]  # token_nll, compiled or not
-  grads: FlatGradients
-  reserve_s: float = 0.0  # training time kept for error_moments
+  """nll: token_nll or that compiled; reserve_s: training time for error_moments."""
+  def __init__(self, config, dist, log, model, nll, grads):
+    self.config, self.dist, self.log, self.model, self.nll, self.grads = config, dist, log, model, nll, grads
+    self.reserve_s, self.checkpoints = 0.0, Checkpoints()
 
-def train_step(run: Run, batch: list, optimizers: list, factor: float, momentum: float) -> Tensor:
-  """One optimiser step; this rank's part of the mean loss, fp32 []. The host never waits for the device."""
+def train_step(run, batch, optimizers, factor, momentum):
+  """One optimiser step, none if gradients are not finite; this rank's part of the mean loss. Never waits for GPUs."""
   loss = torch.zeros((), device=run.dist.device)
   run.grads.flat.zero_()
   for inputs, targets in batch:
     part = run.nll(run.model, inputs, targets).sum() / run.config.train_batch_tokens
     part.backward()
     loss += part.detach()
-  run.grads.reduce_and_clip(run.dist, run.config.grad_clip_norm)
+  skip = run.grads.reduce_and_clip(run.dist, run.config.grad_clip_norm)
+  run.grads.skipped.add_(skip)[1] *= skip
   for optimizer in optimizers:
     for group in optimizer.param_groups:
       group.update(lr=group["base_lr"] * factor, momentum=momentum)  # AdamW ignores momentum
+    optimizer.found_inf = skip
     optimizer.step()
   return loss
 
-def train(run: Run, stream: TokenStream, optimizers: list, validate: Callable[..., None]) -> tuple[WeightAverage, dict]:
-  """Trains until steps or seconds run out; returns the average of the weights and how far it came. The clock, for
-  which the host waits, is read every CLOCK_STEPS steps, near the end at each, and estimated in between. No step
-  starts that would end late at the slowest pace of the last 10 readings."""
+def train(run, stream, optimizers, validate):
+  """Trains until steps or seconds run out: the weights' average, how far it came. The clock, for which the host waits,
+  is read every CLOCK_STEPS steps, or second, near the end at each. No step starts that would end late at the slowest
+  pace of the last 10 readings."""
   limit, average = run.config.max_wallclock_seconds - run.reserve_s, WeightAverage(run.model)
-  config = replace(run.config, max_wallclock_seconds=limit)
-  step, elapsed, looked, step_s, validating = 0, 0.0, (0, 0.0), [0.0], False
-  start = run.dist.now()  # validation moves it
-  batch = list(stream.micro_batches(0, run.dist))
-  while step < config.iterations and not 0 < limit < elapsed + max(step_s):
-    if validating:
-      validate(title, event="val", **progress)
-      start = run.dist.now() - elapsed
+  config, dist = replace(run.config, max_wallclock_seconds=limit), run.dist
+  clock = np.zeros(13)  # as last read: steps, snapshots, s, s a step at the last 10 readings
+  run.checkpoints.begin("1_train", state_of(run.model, optimizers, clock, run.grads.skipped, *average.sums))
+  step, average.count, elapsed, pace = int(clock[0]), int(clock[1]), clock[2], clock[3:]
+  start = dist.now() - elapsed  # validation moves it
+  batch = list(stream.micro_batches(step, dist))
+  while step < config.iterations and not 0 < limit < elapsed + max(pace):
+    if step and due(step, config.val_loss_every):
+      validate("val", step, elapsed)
+      start = dist.now() - elapsed
     factor, momentum = lr_factor(step, elapsed, config), muon_momentum(step, elapsed, config)
     loss = train_step(run, batch, optimizers, factor, momentum)
-    batch = list(stream.micro_batches(step + 1, run.dist))  # on its way while the device works
-    step, elapsed = step + 1, elapsed + step_s[-1]
-    if config.swa_enabled and factor < config.swa_start_frac and step % config.swa_every == 0:
+    batch = list(stream.micro_batches(step + 1, dist))  # on its way while the device works
+    step, elapsed = step + 1, elapsed + pace[-1]
+    if config.swa_enabled and factor < config.swa_start_frac and due(step, config.swa_every):
       average.add()
-    logging = step <= 5 or step % config.train_log_every == 0 or step == config.iterations
-    ahead, validating = step - looked[0], config.val_loss_every and step % config.val_loss_every == 0
-    if logging or validating or ahead == CLOCK_STEPS or 0 < limit < elapsed + 10 * ahead * max(step_s):
-      elapsed = run.dist.now() - start
-      step_s, looked = step_s[-9:] + [(elapsed - looked[1]) / ahead], (step, elapsed)
-    title, progress = f"step:{step}/{config.iterations}", dict(step=step, train_s=elapsed)
+    ahead = step - clock[0]
+    logging = step <= 5 or due(step, config.train_log_every) or step == config.iterations
+    marked = logging or due(step, config.val_loss_every) or due(step, config.checkpoint_every_steps)
+    near = 0 < limit < elapsed + 10 * ahead * max(pace)
+    if not (marked or near or ahead * pace[-1] > 1 or ahead == CLOCK_STEPS):
+      continue
+    elapsed = dist.now() - start
+    clock[:] = step, average.count, elapsed, *pace[1:], (elapsed - clock[2]) / ahead
+    dist.expect(20 + 3 * CLOCK_STEPS * max(pace))
+    skipped, in_a_row = run.grads.skipped.int().tolist()
     if logging:
-      loss = run.dist.sum_(loss).item()
-      run.log(f"{title} train_loss:{loss:.4f} train_time:{1000 * elapsed:.0f}ms step_avg:"
-              f"{1000 * elapsed / step:.2f}ms", event="train", step=step, train_loss=loss, train_s=elapsed,
-              lr_factor=factor, muon_momentum=momentum)
-  validate(title, event="val", **progress)
-  return average, progress
+      loss = dist.sum_(loss).item()
+      run.log(f"step:{step}/{config.iterations} train_loss:{loss:.4f} train_time:{1000 * elapsed:.0f}ms "
+        f"step_avg:{1000 * elapsed / step:.2f}ms" + f" skipped:{skipped}" * (skipped > 0), event="train", step=step,
+        train_loss=loss if loss == loss else None, train_s=elapsed, lr_factor=factor, muon_momentum=momentum,
+        skipped=skipped)
+    refuse(in_a_row >= 5, f"step {step}: no finite gradients in {in_a_row} steps: lower the learning rates")
+    run.checkpoints.reached(step)
+  run.checkpoints.reached(step, final=True)
+  validate("val", step, elapsed)
+  return average, dict(step=step, train_s=elapsed)
 
-def warm_up(run: Run, stream: TokenStream | None, optimizers: list, evaluator: Evaluator) -> None:
-  """Compiles all that will run, times error_moments, restores weights and optimiser state bit for bit. Trains on
-  training tokens, if any, scores and adapts on random ones: no validation token is seen."""
-  config, saved = run.config, [p.detach().clone() for p in run.model.parameters()]
+def warm_up(run, stream, optimizers, evaluator):
+  """Compiles all that will run, without validation tokens; restores weights and optimiser state bit for bit."""
+  config, saved = run.config, {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
   if stream:
     for step in range(config.warmup_steps):
-      batch = list(stream.micro_batches(step, run.dist))
-      train_step(run, batch, optimizers, 1.0, config.muon_momentum_warmup_start)
+      train_step(run, list(stream.micro_batches(step, run.dist)), optimizers, 1.0, config.muon_momentum_warmup_start)
       run.log(f"warmup_step:{step + 1}/{config.warmup_steps}")
     start, most = run.dist.now(), config.max_wallclock_seconds / 8
-    error_moments(run, stream, first_step=0, seconds=most or math.inf)
+    error_moments(run, stream, 0, seconds=most or math.inf)
     run.reserve_s = min(1.1 * (run.dist.now() - start), most)
-  evaluator.warm_up(with_validation=stream is not None)
-  with torch.no_grad():
-    torch._foreach_copy_(list(run.model.parameters()), saved)
+  evaluator.warm_up(stream is not None)
   for optimizer in optimizers:
-    optimizer.state.clear()
-  run.log("warm-up done, weights and optimiser restored", event="warm_up")
+    optimizer.step()  # makes its state if it took none
+    for slots in optimizer.state.values():
+      torch._foreach_zero_(list(slots.values()))
+  run.model.load_state_dict(saved)
+  run.grads.skipped.zero_()
+  run.log("warm-up done", event="warm_up")
 
 # ---- Averaging
 
 class WeightAverage:
-  """Mean of late weights (SWA, arXiv:1803.05407), in fp32: in bf16, as in PR #264, it loses more than it gains."""
-  def __init__(self, model: nn.Module):
-    self.params, self.count = list(model.parameters()), 0
+  """Mean of late weights (SWA, arXiv:1803.05407); in bf16, as in PR #264, it loses more than it gains."""
+  def __init__(self, model):
+    self.params, self.count = list(model.state_dict().values()), 0
     self.sums = [torch.zeros_like(p) for p in self.params]
 
-  @torch.no_grad()
-  def add(self) -> None:
+  def add(self):
     torch._foreach_add_(self.sums, self.params)
     self.count += 1
 
-  @torch.no_grad()
-  def apply(self) -> None:
+  def apply(self):
     if self.count:
       torch._foreach_copy_(self.params, torch._foreach_div(self.sums, self.count))
 
 # ---- Artifact
-# Magic and version; SHA-256 of the rest; size (uint32) and zstd frame of JSON header (size, model settings, tensors),
-# fp16 tensors and steps, classes, frequencies, states; entropy-coded values of matrices, tables included. It needs only
-# this script and the tokenizer, executes nothing.
+# Magic, SHA-256 of the rest; size (uint32) and zstd frame of JSON header (size, model settings, tensors), fp16 tensors
+# and steps, classes, frequencies, states; entropy-coded values.
 ARTIFACT_MAGIC = b"PGOLFGPT\x02"
-MAX_STORED_VALUES = 2**26  # no file can ask for all memory
-MODEL_SETTINGS = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult bigram_vocab_size bigram_dim
-    logit_softcap rope_base train_seq_len embed_bits""".split()
 STEP_CHOICES = 16  # for a row, 0.85 to 1.15 of the first guess
 FIT_SLACK = 10_000  # bytes that may stay unused
-CODER_BITS = 14  # of the coder's frequencies
+SLOTS = 2**14  # a class's slots go to its bytes by frequency
 
-def tensor_table(config: Config) -> list[list]:
-  """[name, shape, bits of a weight] of each tensor; 16: fp16, no matrix. Allocates nothing."""
+def tensor_table(config):
+  """[name, shape, bits a weight] of each tensor; 16: fp16. Allocates nothing."""
   with torch.device("meta"):
-    shapes = {name: list(p.shape) for name, p in GPT(config).named_parameters()}
-  bits = {name: 5 if ".mlp." in name else 6 if name.endswith(".weight") else 16 for name in shapes}
-  bits |= {"tok_emb.weight": config.embed_bits, "bigram.embed.weight": config.embed_bits}
-  return [[name, shape, bits[name]] for name, shape in shapes.items()]
+    parameters = GPT(config).named_parameters()
+  return [[name, list(p.shape), 5 if ".mlp." in name else config.embed_bits if "emb" in name else
+    6 if name.endswith(".weight") else 16] for name, p in parameters]
 
-def error_moments(run: Run, stream: TokenStream, first_step: int, seconds: float = math.inf) -> dict:
-  """What errors in a matrix cost: {name: (G^T G [cols, cols], row sums of G^2 [rows])}, fp32, the same on all ranks;
-  G: loss gradients of the micro-batches of GPTQ_BATCHES steps, or what fits into seconds. G^T G is Shampoo's factor
-  (arXiv:1802.09568): GPTQ's X^T X, weighed by how much each token's output matters."""
-  matrices = {name: p for name, p in run.model.named_parameters() if name.endswith(".weight")}
-  moments = {name: (p.new_zeros(p.size(1), p.size(1)), p.new_zeros(p.size(0))) for name, p in matrices.items()}
+def error_moments(run, stream, first_step, seconds=math.inf):
+  """What errors in a matrix cost: {name: (G^T G [cols, cols], row sums of G^2 [rows])}; G: gradients of micro-batches
+  of GPTQ_BATCHES steps, or what fits into seconds. G^T G is Shampoo's factor (arXiv:1802.09568): GPTQ's X^T X, weighed
+  by how each output matters."""
+  grads = {name: p.grad for name, p in run.model.named_parameters() if name.endswith(".weight")}
+  moments = {name: (g.new_zeros(g.size(1), g.size(1)), g.new_zeros(g.size(0))) for name, g in grads.items()}
   start, elapsed, batches = run.dist.now(), 0.0, 0
   while batches < run.config.gptq_batches and elapsed / max(batches, 1) * (batches + 1) < seconds:
     for inputs, targets in stream.micro_batches(first_step + batches, run.dist):
       run.grads.flat.zero_()
       run.nll(run.model, inputs, targets).sum().backward()
-      for matrix, (moment, power) in zip(matrices.values(), moments.values()):
-        moment.addmm_(matrix.grad.T, matrix.grad)
-        power.add_(matrix.grad.square().sum(1))
+      for g, (moment, power) in zip(grads.values(), moments.values()):
+        moment.addmm_(g.T, g)
+        power.add_(g.square().sum(1))
     elapsed, batches = run.dist.now() - start, batches + 1
   for tensor in sum(moments.values(), ()):
     run.dist.sum_(tensor)
   run.log(f"moments:{batches}_batches time:{1000 * elapsed:.0f}ms", event="moments", batches=batches, seconds=elapsed)
   return moments if batches and all(power.isfinite().all() for _, power in moments.values()) else {}
 
-def quantize(matrix: Tensor, steps: Tensor, bits: int, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
-  """Rounds fp32 [rows, cols] to whole numbers of steps, from -2**(bits-1) to 2**(bits-1) - 1: int8, and steps fp16
-  [rows], 0 for zeros. Each row takes the one of its steps [choices, rows] of least error e: e^T moment e, or e^T e.
-  With a moment, columns not yet rounded make up for the others' errors (GPTQ, arXiv:2210.17323: damped by 1 % of the
-  mean, descending diagonal, blocks of 128)."""
+def quantize(matrix, steps, bits, moment=None):
+  """Rounds fp32 [rows, cols] to whole numbers of steps, of `bits` with sign: int8, and steps fp16 [rows], 0 for zeros.
+  A row takes that of its steps [choices, rows] with the least error e: e^T e, or e^T moment e, and columns not yet
+  rounded make up for the others (GPTQ, arXiv:2210.17323: damped by 1 %, descending diagonal, blocks of 128)."""
   span, order, inverse = 2 ** (bits - 1), torch.arange(matrix.size(1)), None
   if moment is not None:
     by_power = moment.diagonal().argsort(descending=True)
     damping = 0.01 * moment.diagonal().mean() * torch.eye(len(order), device=moment.device)
-    lower, failed = torch.linalg.cholesky_ex(moment[by_power][:, by_power] + damping)
-    if not failed:
-      upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)  # U^T U = inverse
-    if not failed and torch.isfinite(upper).all():  # else: never lose a run over it
-      order, inverse = by_power, upper
+    with suppress(torch.linalg.LinAlgError):  # never lose a run over it
+      lower = torch.linalg.cholesky(moment[by_power][:, by_power] + damping)
+      upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)  # U^T U = inverse
+      if upper.isfinite().all():
+        order, inverse = by_power, upper
   steps = steps.clamp(max=65504).half().float()
   step = steps.flatten()
   divisor, error = step.where(step > 0, 1.0), torch.zeros_like(step)
   rest = matrix.T[order].repeat(1, len(steps))  # (col, choice and row)
   values = torch.empty_like(rest, dtype=torch.int8)
-  for start in range(0, len(rest), 128):
-    block = rest[start : start + 128]
-    errors = torch.empty_like(block)
+  for start, block in zip(range(0, len(rest), 128), rest.split(128)):
+    end, errors = start + 128, torch.empty_like(block)
     for i, column in enumerate(block):
       value = (column / divisor).round_().clamp_(-span, span - 1)
       values[start + i], errors[i] = value, column - value * step
       if inverse is not None:
-        factor = inverse[start + i, start + i : start + 128]
+        factor = inverse[start + i, start + i : end]
         block[i:].addr_(factor, errors[i].div_(factor[0]), alpha=-1)
     if inverse is not None:
-      rest[start + 128 :] -= inverse[start : start + 128, start + 128 :].T @ errors
+      rest[end:] -= inverse[start:end, end:].T @ errors
     error += errors.square_().sum(0)
   best, rows = error.view_as(steps).argmin(0), torch.arange(len(matrix), device=matrix.device)
   values = values.view(-1, *steps.shape)[:, best, rows][order.argsort()].T.contiguous()
   return values, steps[best, rows].half() * values.any(1)
 
-def encode_artifact(state_dict: Mapping[str, Tensor], config: Config, *, moments: Mapping[str, tuple] = {},
-                    limit: int | None = None, dist: Dist | None = None) -> bytes:
-  """The artifact of fp32 weights, shorter than limit if possible; ranks share the work and all get it. moments:
-  error_moments, for GPTQ. UserError if weights are not finite."""
-  table, dist = tensor_table(config), dist or Dist()
-  tensors = {name: state_dict[name].detach().float() for name, _, _ in table}
-  rows = {}  # by matrix: step that just reaches the largest weight, cost of an error, bits
-  for name, _, bits in table:
-    w = tensors[name]
-    if not torch.isfinite(w.half() if bits == 16 else w).all():
-      raise UserError(f"weights of {name} are not finite: training diverged, lower the learning rates")
+def encode_artifact(state_dict, config, *, moments={}, limit=None, dist=Dist()):
+  """Fp32 weights' artifact, shorter than limit if possible; ranks share the work, all get it."""
+  tensors, rows = {}, {}  # rows, by matrix: step that just reaches the largest weight, cost of an error, bits
+  for name, _, bits in tensor_table(config):
+    tensors[name] = w = state_dict[name].detach().float()
+    refuse(not (w.half() if bits == 16 else w).isfinite().all(), f"{name} is not finite: lower the learning rates")
     if bits < 16:
       finest = w.abs().amax(1) / (2 ** (bits - 1) - 1)  # PR #264 floored it at 1/127
       cost = finest**-2
@@ -836,210 +934,200 @@ def encode_artifact(state_dict: Mapping[str, Tensor], config: Config, *, moments
         cost = (moments[name][1] + moments[name][1].mean()) / w.size(1)
       rows[name] = finest, cost, bits
 
-  def make(price: int) -> bytes:
+  def make(price):
     stored, values = {name: w.half() for name, w in tensors.items()}, {}
     for name, (finest, cost, bits) in rows.items():  # step**2 = 2**(price / 1024 - 100) / cost: bits pay alike
       guess = torch.fmax(finest, (2 ** (price / 1024 - 100) * (price > 0) / cost).sqrt())  # fmax: 0 / 0 is nan
       w = tensors[name] * (guess < 65504)[:, None]  # zero where fp16 ends
-      values[name], stored[name] = torch.zeros_like(w, dtype=torch.int8), torch.zeros_like(guess).half()
+      values[name], stored[name] = torch.zeros_like(w).char(), torch.zeros_like(guess).half()
       if name in dist.mine(list(rows)):
         steps = torch.linspace(0.85, 1.15, STEP_CHOICES, device=w.device)[:, None] * guess
         values[name], stored[name] = quantize(w, steps, bits, moments[name][0] if moments else None)
     for name in rows:
       dist.sum_(values[name])
       dist.sum_(stored[name])
-    return dist.from_master(pack_artifact(config, stored, values) if dist.is_master else b"")
+    return dist.from_master(lambda: pack_artifact(config, stored, values))
 
   return largest_below(limit, make)
 
-def largest_below(limit: int | None, make: Callable[[int], bytes]) -> bytes:
-  """make(0) if shorter than limit, else the longest make(price) found that is, within FIT_SLACK if possible; if none
-  is, the highest price's. Prices trade quality for bytes."""
+def largest_below(limit, make):
+  """make(0) if shorter than limit, else the longest make(price) found that is, within FIT_SLACK if possible, or the
+  shortest."""
   low, high, best = 0, 200 * 1024, make(0)
   if limit is None or len(best) < limit:
     return best
   best = make(high)
   while high - low > 1 and limit - len(best) > FIT_SLACK:
     price = (low + high) // 2
-    data = make(price)
-    if len(data) < limit:
+    if len(data := make(price)) < limit:
       high, best = price, max(best, data, key=len)
     else:
       low = price
   return best
 
-def symbol_frequencies(symbols: np.ndarray) -> np.ndarray:
-  """uint16 symbols [n], 256 * class + byte -> counts by class, scaled to sum 2**CODER_BITS: uint16 [64, 256]."""
+def symbol_frequencies(symbols):
+  """uint16 symbols [n], 256 * class + byte -> counts by class, scaled to sum SLOTS: uint16 [64, 256]."""
   counts = np.bincount(symbols, minlength=64 * 256).reshape(64, 256)
-  total, spare = counts.sum(1, keepdims=True), 2**CODER_BITS - np.count_nonzero(counts, axis=1)[:, None]
-  frequencies = (counts > 0) + counts * spare // np.maximum(total, 1)
-  frequencies[np.arange(64), counts.argmax(1)] += 2**CODER_BITS - frequencies.sum(1)
-  return frequencies.astype("<u2")
+  total, spare = counts.sum(1, keepdims=True), SLOTS - np.count_nonzero(counts, 1, keepdims=True)
+  scaled = (counts > 0) + counts * spare // np.maximum(total, 1)
+  scaled[np.arange(64), counts.argmax(1)] += SLOTS - scaled.sum(1)
+  return scaled.astype("<u2")
 
-def entropy_encode(symbols: np.ndarray, frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Symbols -> states uint32 [lanes], words uint16. rANS (Duda, arXiv:1311.2540), interleaved (Giesen,
-  arXiv:1402.3392): symbol i is lane i % lanes', numpy does all lanes at once. A lane's state in [2**16, 2**32) takes
-  up its symbols; before it overflows, its lower half becomes a word. Encoding runs backwards."""
-  lanes, frequency = max(1, min(1024, len(symbols) // 2048)), frequencies.ravel().astype(np.uint64)
-  below = (np.cumsum(frequency) - frequency) % 2**CODER_BITS  # in its class
+def entropy_encode(symbols, freqs):
+  """States uint32 [lanes], words uint16. rANS (Duda, arXiv:1311.2540), interleaved (Giesen, arXiv:1402.3392): symbol i
+  is lane i % lanes'. A lane's state in [2**16, 2**32) takes up its symbols, backwards; before it overflows, its lower
+  half becomes a word."""
+  lanes, freq = max(1, min(1024, len(symbols) // 2048)), freqs.ravel().astype(np.uint64)
+  below = (freq.cumsum() - freq) % SLOTS
   states, words = np.full(lanes, 2**16, np.uint64), [np.empty(0, "<u2")]
   for start in reversed(range(0, len(symbols), lanes)):
     symbol = symbols[start : start + lanes]
-    state, share = states[: len(symbol)], frequency[symbol]
-    full = state >= share << (32 - CODER_BITS)
+    state, share = states[: len(symbol)], freq[symbol]
+    full = state >= share * (2**32 // SLOTS)
     words.append(state[full].astype("<u2"))
     state = np.where(full, state >> 16, state)
-    states[: len(symbol)] = (state // share << CODER_BITS) + state % share + below[symbol]
+    states[: len(symbol)] = state // share * SLOTS + state % share + below[symbol]
   return states.astype("<u4"), np.concatenate(words[::-1])
 
-def entropy_decode(classes: np.ndarray, frequencies: np.ndarray, states: np.ndarray, words: np.ndarray) -> np.ndarray:
-  """The symbols' bytes, uint8, given their classes; ValueError for what entropy_encode did not make."""
-  wrong = (frequencies.sum(1) != 2**CODER_BITS).any() or classes.max(initial=0) > 63
-  if wrong or len(states) != max(1, min(1024, len(classes) // 2048)):
-    raise ValueError("impossible classes, frequencies or lanes")
-  frequency = frequencies.ravel().astype(np.uint32)
-  symbol = np.repeat(np.arange(64 * 256, dtype=np.uint16), frequency)  # of each slot, 2**CODER_BITS a class
-  rest = (np.arange(len(symbol)) - (np.cumsum(frequency) - frequency)[symbol]).astype(np.uint32)
-  first_slot = classes.astype(np.uint32) << CODER_BITS
-  decoded, states, position = np.empty(len(classes), np.uint8), states.astype(np.uint32), 0
+def entropy_decode(classes, freqs, states, words):
+  """The symbols' bytes, uint8; ValueError for what entropy_encode did not make."""
+  refuse((freqs.sum(1) != SLOTS).any() or classes.max(initial=0) > 63, "wrong classes or frequencies")
+  refuse(len(states) != max(1, min(1024, len(classes) // 2048)), "wrong lanes")
+  freq = freqs.ravel().astype(np.uint32)
+  symbol = np.repeat(np.arange(64 * 256, dtype=np.uint16), freq)
+  rest = (np.arange(len(symbol)) - (freq.cumsum() - freq)[symbol]).astype(np.uint32)
+  first_slot = classes.astype(np.uint32) * SLOTS
+  decoded, states, used = np.empty(len(classes), np.uint8), states.astype(np.uint32), 0
   for start in range(0, len(decoded), len(states)):
     state = states[: len(decoded) - start]
-    slot = state % np.uint32(2**CODER_BITS) + first_slot[start : start + len(state)]
-    decoded[start : start + len(state)] = found = symbol[slot]  # its lower byte
-    state[:] = frequency[found] * (state >> CODER_BITS) + rest[slot]
+    slot = state % np.uint32(SLOTS) + first_slot[start : start + len(state)]
+    decoded[start : start + len(state)] = found = symbol[slot]
+    state[:] = freq[found] * (state // SLOTS) + rest[slot]
     low = np.flatnonzero(state < 2**16)
-    state[low] = state[low] << 16 | words[position : position + len(low)]  # if too few: see below
-    position += len(low)
-  if position != len(words) or (states != 2**16).any():
-    raise ValueError("entropy-coded values that do not come out even")
+    state[low] = state[low] << 16 | words[used : used + len(low)]  # if too few: see below
+    used += len(low)
+  refuse(used != len(words) or (states != 2**16).any(), "values that do not come out even")
   return decoded
 
-def pack_artifact(config: Config, stored: dict[str, Tensor], values: dict[str, Tensor]) -> bytes:
+def pack_artifact(config, stored, values):
   """values: int8 matrices; stored: fp16, a matrix's steps by row, or another tensor."""
-  table = tensor_table(config)
-  header = json.dumps(dict(config={name: getattr(config, name) for name in MODEL_SETTINGS}, tensors=table)).encode()
-  flat, widths = np.concatenate([value.cpu().numpy().ravel() for value in values.values()]), row_widths(table)
+  settings = {name: getattr(config, name) for name in MODEL_SETTINGS}
+  header = json.dumps(dict(config=settings, tensors=tensor_table(config))).encode()
+  flat = np.concatenate([value.cpu().numpy().ravel() for value in values.values()])
+  widths = np.concatenate([np.full(*value.shape) for value in values.values()])
   # Rows whose root mean square is within a quarter octave are a class, with its frequencies; 0: zeros, not coded.
   power = np.add.reduceat(np.square(flat, dtype=np.int32), np.cumsum(widths) - widths) / widths
   classes = np.clip(np.round(2 * np.log2(np.maximum(power, 1e-9))) + 32, power > 0, 63).astype(np.uint8)
   of_values = np.repeat(classes, widths)
   symbols = (of_values.astype(np.uint16) << 8 | flat.view(np.uint8))[of_values > 0]
-  frequencies = symbol_frequencies(symbols)
-  states, words = entropy_encode(symbols, frequencies)
-  arrays = (*(stored[name].cpu().numpy() for name, _, _ in table), classes, frequencies, states)
-  body = b"".join((struct.pack("<I", len(header)), header, *(array.tobytes() for array in arrays)))
-  frame = zstandard.compress(body, level=22)
-  payload = struct.pack("<I", len(frame)) + frame + words.tobytes()
+  freqs = symbol_frequencies(symbols)
+  states, words = entropy_encode(symbols, freqs)
+  tensors = (tensor.cpu().numpy() for tensor in stored.values())
+  body = b"".join((len(header).to_bytes(4, "little"), header, *tensors, classes, freqs, states))
+  frame = zstd.compress(body, 22)
+  payload = len(frame).to_bytes(4, "little") + frame + words.tobytes()
   return ARTIFACT_MAGIC + hashlib.sha256(payload).digest() + payload
 
-def row_widths(table: list[list]) -> np.ndarray:
-  """Columns of each row of all matrices, int64 [rows]."""
-  return np.concatenate([np.full(*shape) for _, shape, bits in table if bits < 16])
+def unseal(data, magic):
+  """What follows magic and checksum, if these are right."""
+  found, checksum = bytes(data[:9]), bytes(data[9:41])
+  refuse(found != magic, f"begins with {found!r}, not {magic!r}")
+  refuse(hashlib.sha256(data[41:]).digest() != checksum, f"{len(data)} bytes, fails its checksum: copy it again")
+  return data[41:]
 
-def unpack_artifact(data: bytes) -> tuple[Config, dict[str, Tensor], dict[str, Tensor]]:
-  """What pack_artifact got; UserError, before it allocates much, if anything is off."""
-  magic, checksum, payload = data[:9], data[9:41], data[41:]
-  if magic != ARTIFACT_MAGIC:
-    raise UserError(f"artifact begins with {magic!r}, not {ARTIFACT_MAGIC!r}: use the script beside it")
-  if hashlib.sha256(payload).digest() != checksum:
-    raise UserError(f"artifact of {len(data)} bytes fails its checksum: copy it again")
+def unpack_artifact(data):
+  """What pack_artifact got; UserError, before much is allocated, if anything is off."""
   try:
-    end = 4 + struct.unpack_from("<I", payload)[0]
+    payload = unseal(data, ARTIFACT_MAGIC)
+    end = 4 + int.from_bytes(payload[:4], "little")
     frame, words = payload[4:end], np.frombuffer(payload[end:], "<u2")
-    if not 0 <= (size := zstandard.frame_content_size(frame)) < 1 << 26:
-      raise ValueError(f"a body of {size} bytes")
-    body = zstandard.decompress(frame)
-    offset = min(4 + struct.unpack_from("<I", body)[0], 1 << 20)
+    size = zstd.frame_content_size(frame)
+    refuse(not 0 <= size < 1 << 26, f"a body of {size} bytes")
+    body = zstd.decompress(frame)
+    offset = min(4 + int.from_bytes(body[:4], "little"), 1 << 20)
     header = json.loads(body[4:offset])
     settings = {name: type(getattr(Config, name))(header["config"][name]) for name in MODEL_SETTINGS}
     fitting = dict.fromkeys(("train_batch_tokens", "ttt_chunk_tokens", "eval_stride"), settings["train_seq_len"])
-    if problems := (config := Config(**settings, **fitting)).problems():
-      raise ValueError("; ".join(problems))
-    if 300 * config.num_layers > offset or header["tensors"] != (table := tensor_table(config)):
-      raise ValueError("other tensors than its settings imply")
-    sizes = [math.prod(shape) for _, shape, bits in table if bits < 16]
-    if sum(sizes) > MAX_STORED_VALUES:
-      raise ValueError(f"{sum(sizes)} values")
+    config = Config(**settings, **fitting)
+    refuse(config.problems())
+    refuse(300 * config.num_layers > offset or header["tensors"] != (table := tensor_table(config)), "other tensors")
+    matrices = {name: shape for name, shape, bits in table if bits < 16}
+    sizes = [math.prod(shape) for shape in matrices.values()]
+    refuse(sum(sizes) > 1 << 26, f"{sum(sizes)} values")  # no file can ask for all memory
     numbers = [math.prod(shape) if bits == 16 else shape[0] for _, shape, bits in table]
     stored = np.frombuffer(body, "<f2", sum(numbers), offset)
-    if not np.isfinite(stored).all():
-      raise ValueError("numbers that are not finite")
-    widths = row_widths(table)
+    refuse(not np.isfinite(stored).all(), "numbers not finite")
+    widths = np.concatenate([np.full(*shape) for shape in matrices.values()])
     classes = np.frombuffer(body, np.uint8, len(widths), offset := offset + stored.nbytes)
-    frequencies = np.frombuffer(body, "<u2", 64 * 256, offset := offset + classes.nbytes).reshape(64, 256)
-    states, of_values = np.frombuffer(body, "<u4", -1, offset + frequencies.nbytes), np.repeat(classes, widths)
+    freqs = np.frombuffer(body, "<u2", 64 * 256, offset := offset + classes.nbytes).reshape(64, 256)
+    states, of_values = np.frombuffer(body, "<u4", -1, offset + freqs.nbytes), np.repeat(classes, widths)
     flat, coded = np.zeros(len(of_values), np.uint8), of_values > 0
-    flat[coded] = entropy_decode(of_values[coded], frequencies, states, words)
-  except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, struct.error, zstandard.ZstdError) as e:
+    flat[coded] = entropy_decode(of_values[coded], freqs, states, words)
+  except Exception as e:
     raise UserError(f"artifact is inconsistent ({e!s:.200}): use the script that wrote it") from e
   parts = torch.tensor(stored).split(numbers)
   stored = {name: part.view(shape if bits == 16 else -1) for (name, shape, bits), part in zip(table, parts)}
-  parts = iter(torch.from_numpy(flat.view(np.int8)).split(sizes))
-  return config, stored, {name: next(parts).view(shape) for name, shape, bits in table if bits < 16}
+  parts = torch.from_numpy(flat.view(np.int8)).split(sizes)
+  return config, stored, {name: part.view(matrices[name]) for name, part in zip(matrices, parts)}
 
-def decode_artifact(data: bytes) -> tuple[Config, dict[str, Tensor]]:
-  """Model settings, fp32 weights; UserError if anything is off."""
+def decode_artifact(data):
+  """Model settings, fp32 weights."""
   config, stored, values = unpack_artifact(data)
   weights = {name: tensor.float() for name, tensor in stored.items()}
   return config, weights | {name: value * weights[name][:, None] for name, value in values.items()}
 
 # ---- Evaluation
-# Chunks of C targets in order (PR #549), each scored with weights that have seen nothing but the artifact and earlier
-# chunks; only then may SGD train on it. So a token's distribution depends only on the artifact and on tokens before it,
-# is normalised over the vocabulary, and is final before any update that uses it: the challenge's conditions
-# (openai/parameter-golf issues #402, #677, #1017). PR #264 trained on it all first.
+# Chunks of C targets in order (PR #549), each scored with weights that saw only the artifact and earlier chunks; only
+# then SGD trains on it. So a token's distribution depends only on the artifact and tokens before it, is normalised and
+# final before any update that uses it: the challenge's conditions (issues #402, #677, #1017). PR #264 trained first.
 
-def sliding_windows(num_targets: int, seq_len: int, stride: int) -> np.ndarray:
-  """Windows that score each target once, in order: int64 [W, 3] of start (inputs: tokens [start, start + seq_len)),
-  first scored target, end of the scored. Target p is token p + 1. A window scores its last `stride` targets, the
-  first one all."""
+def sliding_windows(num_targets, seq_len, stride):
+  """Windows that score each target once: int64 [W, 3] of start (of seq_len inputs), first and end of scored targets,
+  the last `stride`, in the first window all. Target p is token p + 1."""
   starts = np.arange(0, max(num_targets - seq_len + stride, min(num_targets, 1)), stride)
-  first = np.where(starts == 0, 0, starts + seq_len - stride)
-  return np.stack((starts, first, np.minimum(starts + seq_len, num_targets)), axis=1)
+  first = np.where(starts, starts + seq_len - stride, 0)
+  return np.stack((starts, first, np.minimum(starts + seq_len, num_targets)), 1)
 
-def plan_chunks(num_targets: int, seq_len: int, stride: int, chunk_tokens: int) -> list[np.ndarray]:
-  """The windows by chunk of their *first* scored target. By their last, what a straddling window scores before the
-  edge would be trained on first."""
+def plan_chunks(num_targets, seq_len, stride, chunk_tokens):
+  """Windows by chunk of their *first* scored target: by the last, what is before the edge would be trained on first."""
   windows = sliding_windows(num_targets, seq_len, stride)
   return np.split(windows, np.flatnonzero(np.diff(windows[:, 1] // chunk_tokens)) + 1)
 
 class Evaluator:
-  """Scores the split's tokens [> L], in whole sequences as in the baseline, with and without adaptation."""
-  def __init__(self, run: Run, tokens: np.ndarray, token_bytes: TokenBytes):
-    self.run, self.dist, self.config = run, run.dist, run.config
-    self.length = length = run.config.train_seq_len
-    self.full_targets = (len(tokens) - 1) // length * length
-    self.num_targets = min((self.config.max_val_tokens or len(tokens)) // length * length, self.full_targets)
+  """Scores the split's tokens in whole sequences, as the baseline does."""
+  def __init__(self, run, tokens, token_bytes):
+    self.run, self.dist, self.config, self.length = run, run.dist, run.config, run.config.train_seq_len
+    config, length, self.full_targets = self.config, self.length, (len(tokens) - 1) // self.length * self.length
+    self.num_targets = min((config.max_val_tokens or len(tokens)) // length * length, self.full_targets)
     tokens = tokens[: self.num_targets + 1]
     self.bytes_before = np.pad(token_bytes.count(tokens).cumsum(), (1, 0))  # [N + 1]
     padded = np.pad(tokens.astype(np.int32), (0, length))  # the last windows read past the end
     self.tokens = torch.from_numpy(padded).to(self.dist.device)
     self.offsets = torch.arange(length, device=self.dist.device)
     per_row = length * self.dist.world_size  # fixed, so graphs compile once
-    val_rows = max(1, min(self.config.val_batch_size // per_row, -(-self.num_targets // per_row)))
-    self.plain = val_rows, length  # rows and stride of validation
-    self.adapt_rows = min(-(-self.config.ttt_chunk_tokens // per_row), self.config.micro_batch_tokens // length)
-    self.epochs = self.config.ttt_epochs if self.config.ttt_enabled else 0
+    self.plain = max(1, min(config.val_batch_size // per_row, -(-self.num_targets // per_row))), length
+    self.adapt_rows = min(-(-config.ttt_chunk_tokens // per_row), config.micro_batch_tokens // length)
+    self.epochs = config.ttt_epochs * config.ttt_enabled
 
-  def loss_and_bpb(self, nats: np.ndarray) -> tuple[float, float]:
-    """Nats a token, bits a byte (nats / ln 2 / bytes) of the first len(nats) targets."""
-    total = float(nats.sum(dtype=np.float64))
+  def loss_and_bpb(self, nats):
+    """Nats a token, bits a byte of the first len(nats) targets."""
+    total = nats.sum(dtype=float)
     return total / len(nats), total / math.log(2) / int(self.bytes_before[len(nats)])
 
-  def tokens_at(self, positions: Tensor) -> Tensor:
+  def tokens_at(self, positions):
     return self.tokens[positions].long()
 
   @torch.no_grad()
-  def score(self, windows: np.ndarray, rows: int, stride: int) -> np.ndarray:
-    """Nats of consecutive windows' targets, fp32, on every rank. Ranks share the windows, `rows` at a time, each
-    asked for the `stride` positions it scores; the split's first one, which scores all, several times."""
-    assert (windows[1:, 2] - windows[1:, 1] <= stride).all()  # none goes without
+  def score(self, windows, rows, stride):
+    """Nats of consecutive windows' targets, fp32. Ranks share the windows, `rows` at a time, each asked for the
+    `stride` positions it scores; the split's first, which scores all, several times."""
+    assert (windows[1:, 2] - windows[1:, 1] <= stride).all()
     (start, begin, end), count = windows[0], windows[-1, 2] - windows[0, 1]
     pieces = [(start, first, min(first + stride, end)) for first in range(begin, end, stride)]
     mine = self.dist.mine(np.concatenate((pieces, windows[1:])))
     padded = np.pad(mine, ((0, -len(mine) % rows), (0, 0)))  # windows that score nothing
     nats = torch.zeros(count + 1, device=self.dist.device)  # last slot: not scored
-    for batch in torch.from_numpy(padded).to(self.dist.device).view(len(padded) // rows, rows, 3):
+    for batch in torch.from_numpy(padded).to(self.dist.device).view(-1, rows, 3):
       start, first, end = batch.T[..., None]
       positions = first + self.offsets[:stride]
       at = None if stride == self.length else (positions - start).clamp(max=self.length - 1)
@@ -1047,7 +1135,18 @@ class Evaluator:
       nats.scatter_(0, torch.where(positions < end, positions - int(begin), count).flatten(), nll.flatten())
     return self.dist.sum_(nats[:count]).cpu().numpy()
 
-  def adapt(self, first: int, end: int, optimizer: optim.Optimizer) -> None:
+  def score_first(self, count, rows, stride):
+    return self.score(sliding_windows(count, self.length, stride), rows, stride)
+
+  def validate(self, event, step, train_s, title=""):
+    """Logs the loss without overlap or adaptation."""
+    self.dist.expect()
+    start, title = perf_counter(), title or f"step:{step}/{self.config.iterations}"
+    loss, bpb = self.loss_and_bpb(self.score_first(self.num_targets, *self.plain))
+    self.run.log(f"{title} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{1000 * train_s:.0f}ms", event=event,
+      step=step, train_s=train_s, val_loss=loss, val_bpb=bpb, seconds=perf_counter() - start)
+
+  def adapt(self, first, end, optimizer):
     """One SGD step on the mean loss of targets [first, end), all scored already."""
     mine = self.dist.mine(torch.arange(first, end, self.length, device=self.dist.device))
     self.run.grads.flat.zero_()
@@ -1058,41 +1157,63 @@ class Evaluator:
     self.run.grads.reduce_and_clip(self.dist, self.config.ttt_grad_clip)
     optimizer.step()
 
-  def warm_up(self, with_validation: bool) -> None:
-    """All that evaluation does, once, on random tokens; leaves gradients behind."""
+  def warm_up(self, with_validation):
+    """All that evaluation does, on random tokens, and what it will take."""
     start, count, tokens = self.dist.now(), self.length * self.dist.world_size, self.tokens
     self.tokens = torch.randint(self.config.vocab_size, (2 * count + 1,), device=self.dist.device)
-    for rows, stride in ((self.config.eval_batch_seqs, self.config.eval_stride), *with_validation * [self.plain]):
-      self.score(sliding_windows(count, self.length, stride), rows, stride)
-    if self.epochs:
-      self.adapt(0, count, optim.SGD(self.run.model.parameters(), lr=0.0))
-    self.tokens, self.warm_up_s = tokens, self.dist.now() - start  # counts as evaluation
+    rows, stride, most = self.config.eval_batch_seqs, self.config.eval_stride, self.config.eval_max_seconds
+    sgd, times = optim.SGD(self.run.model.parameters(), lr=0.0), self.num_targets / count
 
-  def score_then_adapt(self, epochs: int, start: float) -> tuple[np.ndarray, int]:
-    """Scores each chunk, then takes `epochs` SGD steps on it, but not on the last: nats fp32 [N], number of chunks
-    adapted on. Scoring is never cut; adaptation stops for good when one more and the rest of the scoring would end,
-    as projected without one-off costs, later than EVAL_MAX_SECONDS after start."""
+    def second(work):
+      for _ in range(2):
+        begin = self.dist.now()
+        work()
+      return self.dist.now() - begin
+
+    score_s = second(lambda: self.score_first(count, rows, stride)) * times * self.length / (stride * rows)
+    score_s /= -(-self.length // stride // rows)
+    adapt_s = second(lambda: self.adapt(0, count, sgd)) * times * self.epochs / self.adapt_rows if self.epochs else 0.0
+    if with_validation:
+      self.score_first(count, *self.plain)
+    self.tokens, self.warm_up_s = tokens, self.dist.now() - start
+    self.run.log(f"evaluation projected: scoring:{score_s:.0f}s adapting:{adapt_s:.0f}s", event="projection",
+      score_s=score_s, adapt_s=adapt_s, warm_up_s=self.warm_up_s)
+    refuse(0 < most < 0.7 * score_s, f"EVAL_MAX_SECONDS={most}: scoring would take {score_s:.0f} s: set 0")
+
+  def score_then_adapt(self, epochs, start, phase=""):
+    """Scores each chunk, then takes `epochs` SGD steps on it, but not on the last: nats fp32 [N], chunks adapted on.
+    Adaptation stops for good when one more and the rest of the scoring would end, as projected without one-off costs,
+    later than EVAL_MAX_SECONDS after start."""
     config, log, size = self.config, self.run.log, self.config.ttt_chunk_tokens
     chunks = plan_chunks(self.num_targets, self.length, config.eval_stride, size)
     last_of_split = max(1, -(-self.full_targets // size) - 1)  # for prefixes too
-    sgd = optim.SGD(self.run.model.parameters(), lr=config.ttt_lr, momentum=config.ttt_momentum, fused=True)
-    nats, end, total, adapting = np.zeros(self.num_targets, np.float32), 0, 0.0, epochs > 0
-    score_s, adapt_s, last = [], [], self.dist.now() - start
+    params, nats = list(self.run.model.parameters()), np.zeros(self.num_targets, np.float32)
+    sgd = optim.SGD(params, lr=config.ttt_lr, momentum=config.ttt_momentum, fused=True)
+    for p in params:
+      sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    seconds = np.zeros((2, len(chunks)))  # scoring, adapting
+    clock = np.array([0.0, 0.0, 0.0, epochs > 0])  # chunks, s, nats, whether adapting
+    self.run.checkpoints.begin(phase, state_of(self.run.model, [sgd], clock, seconds, nats))
+    done, self.before_s, total, adapting = clock.tolist()
+    start, end = start - self.before_s, 0
+    last = self.dist.now() - start
     for index, windows in enumerate(chunks):
       begin, end = end, int(windows[-1, 2])
       assert begin == windows[0, 1]  # each target once, in order
+      if index < done:
+        continue
       nats[begin:end] = self.score(windows, config.eval_batch_seqs, config.eval_stride)
       now, left = self.dist.now() - start, len(chunks) - index - 1
-      score_s.append(now - last)
-      total += float(nats[begin:end].sum(dtype=np.float64))
+      seconds[0, index] = now - last
+      total += nats[begin:end].sum(dtype=float)
       bpb = total / math.log(2) / int(self.bytes_before[end])
       log(f"eval_chunk:{index + 1}/{len(chunks)} running_bpb:{bpb:.4f} eval_time:{1000 * now:.0f}ms",
-          event="score", chunk=index, first=begin, end=end, running_bpb=bpb, eval_s=now)
+        event="score", chunk=index, first=begin, end=end, running_bpb=bpb, eval_s=now)
       adapting, last = adapting and left > 0, now
-      projected = now + (max(adapt_s) + left * np.median(score_s) if index > 8 and adapt_s else 0.0)
+      projected = now + (seconds[1].max() + left * np.median(seconds[0, : index + 1]) if index > 8 else 0.0)
       if adapting and (index == config.ttt_max_chunks or 0 < config.eval_max_seconds < projected):
-        log(f"adaptation stops after {index} chunks ({projected:.0f} s projected); to replay it: "
-            f"TTT_MAX_CHUNKS={index} EVAL_MAX_SECONDS=0", event="adapt_stop", chunk=index)
+        log(f"adaptation stops, {projected:.0f} s projected; replay: TTT_MAX_CHUNKS={index} EVAL_MAX_SECONDS=0",
+          event="adapt_stop", chunk=index)
         adapting = False
       if adapting:
         first, edge = index * size, (index + 1) * size  # all scored: windows are left
@@ -1100,54 +1221,73 @@ class Evaluator:
         for _ in range(epochs):
           self.adapt(first, edge, sgd)
         last = self.dist.now() - start
-        adapt_s.append(last - now)
-        log(event="adapt", chunk=index, first=first, end=edge, lr=lr, seconds=adapt_s[-1])
-    return nats, len(adapt_s)
+        seconds[1, index] = last - now
+        log(event="adapt", chunk=index, first=first, end=edge, lr=lr, seconds=last - now)
+      self.dist.expect(20 + 10 * seconds.max(1).sum())
+      clock[:] = index + 1, last, total, adapting
+      self.run.checkpoints.reached(index + 1, final=not left)
+    self.dist.expect()
+    return nats, int(np.count_nonzero(seconds[1]))
 
 # ---- Main
 
-def load_artifact(path: str | Path, dist: Dist) -> tuple[Config, dict[str, Tensor]]:
-  """decode_artifact of rank 0's file, on all ranks."""
-  if dist.is_master and not Path(path).is_file():
-    raise UserError(f"ARTIFACT={path}: no such file, give a finished run's artifact.bin")
-  return decode_artifact(dist.from_master(Path(path).read_bytes() if dist.is_master else b""))
+def preflight(config, dist, targets):
+  """What sizes alone say about seconds and bytes; refuses what cannot work."""
+  table = [(math.prod(shape), bits) for _, shape, bits in tensor_table(config)]
+  size, limit, most = sum(n for n, _ in table), config.max_wallclock_seconds, config.eval_max_seconds
+  best = dist.world_size * (2e15 if dist.on_gpu else 1e12 * torch.get_num_threads())  # FLOP/s
+  token_s = 2 * (size - config.bigram_vocab_size * config.bigram_dim) / best  # forwards
+  step_s = 3 * token_s * config.train_batch_tokens
+  score_s = 0.8 * token_s * targets * config.train_seq_len / config.eval_stride
+  at = Path("logs" if os.path.exists("logs") else ".").absolute()
+  free, need = shutil.disk_usage(at).free / 1e9, (config.max_artifact_bytes + 48 * size + 12 * targets) / 1e9
+  refuse([text for wrong, text in (
+    (0 < limit < 10 * step_s and not config.artifact,
+      f"MAX_WALLCLOCK_SECONDS={limit}: a step takes {step_s:.1f} s or more: no GPU (nvidia-smi)?"),
+    (0 < most < score_s, f"EVAL_MAX_SECONDS={most}: scoring takes {score_s:.0f} s or more: set 0"),
+    (free < need, f"{at}: {free:.2f} GB free, {need:.2f} may be needed: make room"),
+    (not os.access(at, os.W_OK), f"{at} cannot be written: start elsewhere")) if wrong])
+  finest = sum(n * bits for n, bits in table) / 9
+  return f"preflight: over {step_s:.2g} s a step, {score_s:.2g} s scoring; {need:.2f} of {free:.2f} GB, {finest:.0f} B"
 
-def settle(config: Config, dist: Dist) -> Config:
+def load_artifact(path, dist):
+  return decode_artifact(dist.from_master(lambda: plain(path).open("rb").read(1 << 26)))
+
+def settle(config, dist):
   """Makes the automatic choices."""
-  on_gpu, length = dist.device.type == "cuda", config.train_seq_len
-  if (seqs := config.train_batch_tokens // length) % dist.world_size:
-    raise UserError(f"{dist.world_size} ranks cannot share {seqs} sequences (TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN)")
-  per_rank, wanted = seqs // dist.world_size, config.micro_batch_tokens // length
-  if wanted and per_rank % wanted:
-    raise UserError(f"MICRO_BATCH_TOKENS={config.micro_batch_tokens} must divide {per_rank * length}, one rank's")
-  fitting = (98_304 if on_gpu else 2048) // length  # sequences; for memory, for cache
-  micro = length * (wanted or max(n for n in range(1, max(fitting, 1) + 1) if per_rank % n == 0))
+  length, ranks, micro = config.train_seq_len, dist.world_size, config.micro_batch_tokens
+  share, seqs = config.train_batch_tokens // ranks, config.train_batch_tokens // length
+  refuse(seqs % ranks, f"{ranks} ranks cannot share {seqs} sequences (TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN)")
+  fitting = max(length, 98_304 if dist.on_gpu else 2048)  # for memory, for cache
+  micro = micro or max(n for n in range(length, fitting + 1, length) if share % n == 0)
+  refuse(share % micro, f"MICRO_BATCH_TOKENS={micro} must divide {share}, one rank's")
   if (dtype := config.compute_dtype) == "auto":  # bf16 is far slower on some CPUs
     squares = [torch.ones(256, 256, dtype=each) for each in DTYPES.values()]
     bf16_s, fp32_s = (min(timeit.repeat(lambda x=x: x @ x, number=1)) for x in squares)
-    dtype = "bfloat16" if on_gpu or dist.from_master(1.5 * bf16_s < fp32_s) else "float32"
+    dtype = "bfloat16" if dist.on_gpu or dist.from_master(lambda: 1.5 * bf16_s < fp32_s) else "float32"
   if (mode := config.compile) == "auto":
-    long = config.iterations >= 500 and (config.max_wallclock_seconds or 60) >= 60  # earns back half a minute
+    long = config.iterations >= 500 and (config.max_wallclock_seconds or 60) >= 60
     able = shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()
-    mode = "1" if on_gpu else "blocks" if long and able else "0"
+    mode = "1" if dist.on_gpu else "blocks" if long and able else "0"
   return replace(config, device=dist.device.type, compute_dtype=dtype, compile=mode, micro_batch_tokens=micro)
 
-def describe(log: Log, config: Config, dist: Dist, code: bytes) -> None:
+def describe(log, config, dist, code, fresh):
   """Logs source, versions, settings."""
-  if log.folder:
+  if log.folder and fresh:
     (log.folder / "train_gpt.py").write_bytes(code)
-    for name in ["submission.json"] + ([] if config.artifact else ["artifact.bin"]):
+    for name in ("submission.json", "artifact.bin")[: 1 if config.artifact else 2]:
       (log.folder / name).unlink(missing_ok=True)  # of an earlier run
-  log(code.decode(), console=False)
-  hardware = torch.cuda.get_device_name() if dist.device.type == "cuda" else os.uname().machine
-  versions = {module.__name__: module.__version__ for module in (torch, np, spm, zstandard)}
+    shutil.rmtree(log.folder / "checkpoints", ignore_errors=True)
+    log(code.decode(), console=False)
+  hardware = torch.cuda.get_device_name() if dist.on_gpu else os.uname().machine
+  versions = {module.__name__: module.__version__ for module in (torch, np, spm, zstd)}
   versions |= dict(python=sys.version.split()[0], cuda=torch.version.cuda)
   log(f"world_size:{dist.world_size} device:{hardware} cpu_threads:{torch.get_num_threads()} {versions}",
-      event="start", world_size=dist.world_size, hardware=hardware, versions=versions, settings=vars(config))
-  for name, value in vars(config).items():  # console: changes only
+    event="start", world_size=dist.world_size, hardware=hardware, versions=versions, settings=vars(config))
+  for name, value in vars(config).items():
     log(f"  {name.upper()}={value}", console=value != getattr(Config, name))
 
-def build_run(config: Config, dist: Dist, log: Log) -> Run:
+def build_run(config, dist, log):
   """The seeded model, compiled if asked for."""
   if config.deterministic:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -1161,90 +1301,99 @@ def build_run(config: Config, dist: Dist, log: Log) -> Run:
     for block in model.blocks:
       block.forward = compiled(block.forward)
   run = Run(config, dist, log, model, nll, FlatGradients(model))
-  log(f"model_params:{run.grads.flat.numel()} weights_sha256 at the start, by rank: {dist.weight_digests(model)}")
+  log(f"model_params:{run.grads.flat.numel()} weights_sha256 at the start, by rank: {dist.digests(model)}")
   return run
 
-def train_and_store(run: Run, stream: TokenStream, optimizers: list, evaluator: Evaluator, code: bytes) -> Path:
-  """Returns the artifact's path, on rank 0."""
-  def validate(title: str, **record) -> None:
-    start = time.perf_counter()
-    rows, length = evaluator.plain
-    windows = sliding_windows(evaluator.num_targets, length, stride=length)
-    loss, bpb = evaluator.loss_and_bpb(evaluator.score(windows, rows, length))
-    run.log(f"{title} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{1000 * record['train_s']:.0f}ms",
-            **record, val_loss=loss, val_bpb=bpb, seconds=time.perf_counter() - start)
-
-  average, progress = train(run, stream, optimizers, validate)
+def train_and_store(run, stream, optimizers, evaluator, code):
+  """Leaves artifact.bin."""
+  average, progress = train(run, stream, optimizers, evaluator.validate)
   average.apply()
-  validate(f"swa:{average.count}_snapshots", event="swa", **progress)
-  run.log(f"weights_sha256 after training, by rank: {run.dist.weight_digests(run.model)}")
+  evaluator.validate("swa", **progress, title=f"swa:{average.count}_snapshots")
+  run.log(f"weights_sha256 after training, by rank: {run.dist.digests(run.model)}")
   limit, left = run.config.max_artifact_bytes, (run.config.max_wallclock_seconds or math.inf) - progress["train_s"]
-  moments, start = error_moments(run, stream, progress["step"], seconds=left), time.perf_counter()
+  moments, start = error_moments(run, stream, progress["step"], seconds=left), perf_counter()
   data = encode_artifact(run.model.state_dict(), run.config, moments=moments, limit=limit - len(code), dist=run.dist)
-  if not run.dist.is_master:
-    return Path()  # rank 0's file is read
-  part = run.log.folder / "artifact.part"
-  part.write_bytes(data)
-  path = part.replace(part.with_suffix(".bin"))  # whole under this name
-  warning = "" if (total := len(data) + len(code)) < limit else " TOO LARGE, cannot be submitted"
-  run.log(f"artifact_bytes:{len(data)} code_bytes:{len(code)} total_bytes:{total} limit_bytes:{limit}{warning}",
-          event="artifact", artifact_bytes=len(data), code_bytes=len(code), seconds=time.perf_counter() - start)
-  return path
+  if run.dist.is_master:
+    write_whole(run.log.folder / "artifact.bin", [data])
+  total = len(data) + len(code)
+  run.log(f"artifact_bytes:{len(data)} code_bytes:{len(code)} total_bytes:{total} limit_bytes:{limit}"
+    + " TOO LARGE, cannot be submitted" * (total >= limit),
+    event="artifact", artifact_bytes=len(data), code_bytes=len(code), seconds=perf_counter() - start)
 
-def evaluate_artifact(run: Run, path: str | Path, evaluator: Evaluator) -> None:
-  """The submitted pass, then, if asked for, the plain one."""
+def evaluate_artifact(run, path, evaluator):
+  """The submitted pass, then perhaps the plain one."""
   config, log = run.config, run.log
   for label in ("final_ttt_exact", "final_quantized_exact")[: 1 + config.eval_plain]:
-    submitted = label == "final_ttt_exact"
-    start = run.dist.now() - evaluator.warm_up_s * submitted  # compiling and reading count
+    submitted = "ttt" in label
+    start = run.dist.now() - evaluator.warm_up_s * submitted  # compiling counts
     run.model.load_state_dict(load_artifact(path, run.dist)[1])
-    nats, adapted = evaluator.score_then_adapt(evaluator.epochs if submitted else 0, start)
+    phase = f"2_evaluate_{run.dist.digests(run.model)[:8]}" * submitted
+    nats, adapted = evaluator.score_then_adapt(evaluator.epochs * submitted, start, phase)
     loss, bpb = evaluator.loss_and_bpb(nats)
-    if not math.isfinite(loss):
-      raise UserError(f"{label} val_loss:{loss}: adaptation diverged, lower TTT_LR={config.ttt_lr}")
+    refuse(not math.isfinite(loss), f"{label} val_loss:{loss}: adaptation diverged, lower TTT_LR={config.ttt_lr}")
     result = dict(run_id=config.run_id, seed=config.seed, val_loss=loss, val_bpb=bpb, chunks_adapted=adapted,
-                  targets=evaluator.num_targets, full_targets=evaluator.full_targets,
-                  bytes=int(evaluator.bytes_before[-1]), eval_seconds=run.dist.now() - start)
-    log(f"weights_sha256 after {label}, by rank: {run.dist.weight_digests(run.model)}")
+      targets=evaluator.num_targets, full_targets=evaluator.full_targets, bytes=int(evaluator.bytes_before[-1]),
+      eval_seconds=run.dist.now() - start + evaluator.before_s)
+    log(f"weights_sha256 after {label}, by rank: {run.dist.digests(run.model)}")
     log(f"{label} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{1000 * result['eval_seconds']:.0f}ms targets:"
-        f"{evaluator.num_targets}/{evaluator.full_targets} bytes:{result['bytes']} chunks_adapted:{adapted}",
-        event=label, **result)
+      f"{evaluator.num_targets}/{evaluator.full_targets} bytes:{result['bytes']} chunks_adapted:{adapted}",
+      event=label, **result)
     if submitted and log.folder:
       (log.folder / "submission.json").write_text(json.dumps(result, indent=2) + "\n")
       if config.val_nll_path:
         np.save(config.val_nll_path, nats)
 
-def main() -> None:
+def main():
   """Check, warm up, train and store, evaluate."""
-  code = Path(__file__).read_bytes()
-  config = Config.from_env(os.environ)
+  code, config = Path(__file__).read_bytes(), Config.from_env(os.environ)
   dist = Dist(config.device, os.environ)
-  if config.artifact:  # it says what model it holds
-    stored, _ = load_artifact(config.artifact, dist)
+  if config.artifact:
+    stored = load_artifact(config.artifact, dist)[0]
     config = replace(config, **{name: getattr(stored, name) for name in MODEL_SETTINGS})
-    if problems := config.problems():
-      raise UserError(f"ARTIFACT={config.artifact} with these settings: {'; '.join(problems)}")
-  config = settle(config, dist)
-  token_bytes = TokenBytes(load_tokenizer(config))
-  val_stream = TokenStream(config, "val")
-  train_stream = None if config.artifact else TokenStream(config, "train")
-  config = replace(config, run_id=config.run_id or dist.from_master(time.strftime(f"%Y%m%d_%H%M%S_s{config.seed}")))
-  log = Log(Path("logs") / config.run_id if dist.is_master else None)
-  describe(log, config, dist, code)
+    refuse(config.problems())
+  facts = dict(script=hashlib.sha256(code).hexdigest()[:16], ranks=dist.world_size)
+  facts |= {name.upper(): value for name, value in list(vars(config).items())[8:]}
+  config, token_bytes = settle(config, dist), TokenBytes(load_tokenizer(config))
+  val = TokenStream(config, "val")
+  stream, val_tokens = None if config.artifact else TokenStream(config, "train"), val.read(0, val.num_tokens)
+  config = replace(config, run_id=config.run_id or dist.from_master(lambda: strftime(f"%Y%m%d_%H%M%S_s{config.seed}")))
+  report = preflight(config, dist, min(config.max_val_tokens or math.inf, len(val_tokens)))
+  checkpoints = Checkpoints(config, dist, facts)
+  found = checkpoints.find()  # one error on all ranks
+  header = checkpoints.header = dist.from_master(lambda: found)
+  if config.preflight_only:
+    print(report * dist.is_master)
+    return
+  log = checkpoints.log = Log(checkpoints.folder if dist.is_master else None, header.get("records", 0))
+  describe(log, config, dist, code, fresh=not header)
+  log(report)
+  if header:
+    log(f"goes on from {header['path']} (damaged: {header['damaged']})", event="resume")
+    stream = None if header["phase"].startswith("2") else stream
   run = build_run(config, dist, log)
-  evaluator = Evaluator(run, val_stream.read(0, val_stream.num_tokens), token_bytes)
-  optimizers = [] if config.artifact else build_optimizers(run.model, config, dist)
-  warm_up(run, train_stream, optimizers, evaluator)
-  path = config.artifact or train_and_store(run, train_stream, optimizers, evaluator, code)
-  evaluate_artifact(run, path, evaluator)
+  run.checkpoints, evaluator = checkpoints, Evaluator(run, val_tokens, token_bytes)
+  optimizers = build_optimizers(run.model, config, dist) if stream else []
+  warm_up(run, stream, optimizers, evaluator)
+  dist.catch_signals()
+  try:
+    if stream:
+      train_and_store(run, stream, optimizers, evaluator, code)
+    evaluate_artifact(run, config.artifact or checkpoints.folder / "artifact.bin", evaluator)
+  except Exception as problem:
+    last = [f"; RUN_ID={config.run_id} RESUME=auto continues from {path}" for path in checkpoints.files()[-1:]]
+    text = f"{problem}{''.join(last)}"
+    with suppress(OSError):
+      log(f"failed: {text}", console=False)
+    if isinstance(problem, (UserError, OSError)):
+      raise UserError(text) from problem
+    raise
   if dist.world_size > 1:
-    distributed.destroy_process_group()
+    comm.destroy_process_group()
     os._exit(0)  # else 1 run of 30 aborts in gloo's threads
 
 if __name__ == "__main__":
   try:
-    main()
-  except UserError as problem:
-    if os.environ.get("RANK", "0") != "0":
-      time.sleep(2)  # rank 0 speaks; torchrun ends the others
+    record(main)()
+  except (UserError, OSError) as problem:
+    sleep(2 * (os.environ.get("RANK", "0") != "0"))  # rank 0 speaks; torchrun ends the others
     sys.exit(f"error: {problem}")

@@ -55,7 +55,7 @@ def trained_weights(run: train_gpt.Run, evaluator: train_gpt.Evaluator) -> dict[
         stream = train_gpt.TokenStream(run.config, "train")
         optimizers = train_gpt.build_optimizers(run.model, run.config, run.dist)
         train_gpt.warm_up(run, stream, optimizers, evaluator)
-        average, progress = train_gpt.train(run, stream, optimizers, lambda title, **record: None)
+        average, progress = train_gpt.train(run, stream, optimizers, lambda *progress: None)
         average.apply()
         run.log(f"trained {progress}")
         np.savez(path, **{name: tensor.cpu().numpy() for name, tensor in run.model.state_dict().items()})

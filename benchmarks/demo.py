@@ -12,6 +12,7 @@ import lzma
 import math
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import threading
@@ -149,6 +150,8 @@ def main() -> None:
     if os.environ.get("ARTIFACT") or settings["EVAL_PLAIN"] != "1":
         sys.exit("error: the demo's table needs a training run and EVAL_PLAIN=1: unset ARTIFACT and EVAL_PLAIN")
     os.chdir(REPOSITORY)
+    if not os.environ.get("RESUME"):  # an interrupted demo starts anew, though train_gpt.py would rather keep it
+        shutil.rmtree(Path("logs") / settings["RUN_ID"] / "checkpoints", ignore_errors=True)
     start = time.monotonic()
     folder = run_script(settings)
     seconds = time.monotonic() - start

@@ -45,10 +45,10 @@ class SeedMuon(train_gpt.Muon):
 
     newton_schulz = staticmethod(train_gpt.newton_schulz)
 
-    def orthogonalize(self, updates, steps):
+    def orthogonalize(self, updates, steps, factor=1.0):
         def one(u):
             orthogonal = self.newton_schulz(u.to(self.dtype)[None], steps)[0].float()
-            return orthogonal * max(1, u.size(0) / u.size(1)) ** 0.5
+            return factor * orthogonal * max(1, u.size(0) / u.size(1)) ** 0.5
 
         return [one(u) for u in updates]
 

@@ -86,6 +86,7 @@ def run_here(dataset, tmp_path, monkeypatch):
         settings = dict(RUN_ID=f"run{len(list(tmp_path.glob('logs/*')))}") | settings
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(os, "environ", environment(TINY | dataset | settings))
+        monkeypatch.setattr(train_gpt.Dist, "catch_signals", lambda self: None)  # they stay pytest's
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
             train_gpt.main()
@@ -94,11 +95,13 @@ def run_here(dataset, tmp_path, monkeypatch):
     return run
 
 
-def run_process(folder: Path, settings: dict, ranks: int = 1, script: Path = Path("train_gpt.py")) -> Finished:
+def run_process(folder: Path, settings: dict, ranks: int = 1, script: Path = Path("train_gpt.py"),
+                restarts: int = 0) -> Finished:
     """Runs the script as a person would, alone or under torchrun, in this folder."""
     launcher = [sys.executable]
     if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+                     f"--max-restarts={restarts}"]
     done = subprocess.run([*launcher, str(REPOSITORY / script)], cwd=folder, env=environment(settings),
                           capture_output=True, text=True, timeout=300)
     return Finished(folder / "logs" / settings.get("RUN_ID", ""), done.stdout + done.stderr, done.returncode)
