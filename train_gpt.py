@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py  # the record setting: 8xH100, 600 s, FineWeb
     ARTIFACT=logs/RUN_ID/artifact.bin torchrun ...  # evaluate only
-    make demo  # small, no download
+    make demo
 
 Settings are environment variables; results go to logs/RUN_ID/. Model and recipe are openai/parameter-golf PR #264's;
 departures say why. Shapes: B sequences, T positions, D model_dim, H query heads, K key/value heads, E head_dim,
@@ -719,6 +719,7 @@ class Checkpoints:
     start = perf_counter()
     now = stop or due(count, every) or 0 < every_s <= start - self.saved or final and every_s + every
     if now and self.phase and self.log.folder:
+      self.dist.expect()
       self.writing.result()
       self.saved = start
       self.state[0] = torch.get_rng_state()
@@ -1235,7 +1236,7 @@ def preflight(config, dist, targets):
   """What sizes alone say about seconds and bytes; refuses what cannot work."""
   table = [(math.prod(shape), bits) for _, shape, bits in tensor_table(config)]
   size, limit, most = sum(n for n, _ in table), config.max_wallclock_seconds, config.eval_max_seconds
-  best = dist.world_size * (2e15 if dist.on_gpu else 1e12 * torch.get_num_threads())  # FLOP/s
+  best = dist.world_size * (3e15 if dist.on_gpu else 1e12 * torch.get_num_threads())  # FLOP/s
   token_s = 2 * (size - config.bigram_vocab_size * config.bigram_dim) / best  # forwards
   step_s = 3 * token_s * config.train_batch_tokens
   score_s = 0.8 * token_s * targets * config.train_seq_len / config.eval_stride
@@ -1245,10 +1246,10 @@ def preflight(config, dist, targets):
     (0 < limit < 10 * step_s and not config.artifact,
       f"MAX_WALLCLOCK_SECONDS={limit}: a step takes {step_s:.1f} s or more: no GPU (nvidia-smi)?"),
     (0 < most < score_s, f"EVAL_MAX_SECONDS={most}: scoring takes {score_s:.0f} s or more: set 0"),
-    (free < need, f"{at}: {free:.2f} GB free, {need:.2f} may be needed: make room"),
+    (free < need and not config.resume, f"{at}: {free:.2f} GB free, {need:.2f} may be needed: make room"),
     (not os.access(at, os.W_OK), f"{at} cannot be written: start elsewhere")) if wrong])
   finest = sum(n * bits for n, bits in table) / 9
-  return f"preflight: over {step_s:.2g} s a step, {score_s:.2g} s scoring; {need:.2f} of {free:.2f} GB, {finest:.0f} B"
+  return f"preflight: {step_s:.2g} s a step, {score_s:.2g} scoring; disk {need:.2f} of {free:.2f} GB, {finest:.0f} B"
 
 def load_artifact(path, dist):
   return decode_artifact(dist.from_master(lambda: plain(path).open("rb").read(1 << 26)))
@@ -1258,7 +1259,7 @@ def settle(config, dist):
   length, ranks, micro = config.train_seq_len, dist.world_size, config.micro_batch_tokens
   share, seqs = config.train_batch_tokens // ranks, config.train_batch_tokens // length
   refuse(seqs % ranks, f"{ranks} ranks cannot share {seqs} sequences (TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN)")
-  fitting = max(length, 98_304 if dist.on_gpu else 2048)  # for memory, for cache
+  fitting = max(length, 98_304 if dist.on_gpu else 2048)
   micro = micro or max(n for n in range(length, fitting + 1, length) if share % n == 0)
   refuse(share % micro, f"MICRO_BATCH_TOKENS={micro} must divide {share}, one rank's")
   if (dtype := config.compute_dtype) == "auto":  # bf16 is far slower on some CPUs
@@ -1275,9 +1276,9 @@ def describe(log, config, dist, code, fresh):
   """Logs source, versions, settings."""
   if log.folder and fresh:
     (log.folder / "train_gpt.py").write_bytes(code)
-    for name in ("submission.json", "artifact.bin")[: 1 if config.artifact else 2]:
-      (log.folder / name).unlink(missing_ok=True)  # of an earlier run
     shutil.rmtree(log.folder / "checkpoints", ignore_errors=True)
+    for name in ("submission.json", "artifact.bin")[: 1 if config.artifact else 2]:
+      (log.folder / name).unlink(missing_ok=True)
     log(code.decode(), console=False)
   hardware = torch.cuda.get_device_name() if dist.on_gpu else os.uname().machine
   versions = {module.__name__: module.__version__ for module in (torch, np, spm, zstd)}
@@ -1362,8 +1363,8 @@ def main():
   found = checkpoints.find()  # one error on all ranks
   header = checkpoints.header = dist.from_master(lambda: found)
   if config.preflight_only:
-    print(report * dist.is_master)
-    return
+    print(report * dist.is_master, flush=True)
+    os._exit(0)
   log = checkpoints.log = Log(checkpoints.folder if dist.is_master else None, header.get("records", 0))
   describe(log, config, dist, code, fresh=not header)
   log(report)
@@ -1373,9 +1374,9 @@ def main():
   run = build_run(config, dist, log)
   run.checkpoints, evaluator = checkpoints, Evaluator(run, val_tokens, token_bytes)
   optimizers = build_optimizers(run.model, config, dist) if stream else []
-  warm_up(run, stream, optimizers, evaluator)
-  dist.catch_signals()
   try:
+    warm_up(run, stream, optimizers, evaluator)
+    dist.catch_signals()
     if stream:
       train_and_store(run, stream, optimizers, evaluator, code)
     evaluate_artifact(run, config.artifact or checkpoints.folder / "artifact.bin", evaluator)
