@@ -14,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, TINY, environment, make_run, run_process, tiny_config
@@ -227,7 +226,8 @@ def test_torchrun_told_to_stop_leaves_a_checkpoint(dataset, tmp_path, number, to
     mark = f"fault_mark_{time.time_ns()}"
     settings = SAVING | dataset | dict(RUN_ID="run", MARK=mark, ITERATIONS=100_000, CHECKPOINT_EVERY_STEPS=0)
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(REPOSITORY / "train_gpt.py")],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         str(REPOSITORY / "train_gpt.py")],
         cwd=tmp_path, env=environment(settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True)
     for line in process.stdout:
@@ -262,7 +262,7 @@ def fill(folder: Path, leave: int) -> Path:
     return ballast
 
 
-def test_a_full_disk_is_an_error_and_the_checkpoint_before_it_is_whole(uninterrupted, dataset, small_disk, monkeypatch):
+def test_a_full_disk_is_an_error_and_the_checkpoint_before_it_is_whole(uninterrupted, dataset, small_disk):
     # The check before the run wants room for three checkpoints; here something else fills the disk during the run.
     size = max(p.stat().st_size for p in (uninterrupted.folder / "checkpoints").iterdir())
     settings = dataset | dict(MAX_ARTIFACT_BYTES=200_000)

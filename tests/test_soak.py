@@ -1,7 +1,8 @@
 """What takes too long for `make test`: run with `make soak`.
 
-Killed at 20 random moments and resumed, each time the same bits; ranks that hang or are frozen; a checkpoint's writing
-interrupted at each of its bytes' edges; every loader fed with 100,000 hostile files (tests/test_hostile.py).
+Killed at 20 random moments, inside eight checkpoints' writing, in quantisation and evaluation, and resumed: each time the
+same bits. Ranks that hang or are frozen, restarts in a row. `make soak` then feeds every loader 100,000 hostile files
+(tests/test_hostile.py).
 """
 import json
 import random
@@ -25,7 +26,8 @@ KILLS = 20
 def start(folder, settings: dict) -> subprocess.Popen:
     (folder / "logs/run").mkdir(parents=True, exist_ok=True)
     return subprocess.Popen([sys.executable, "-u", str(REPOSITORY / FAULTS)], cwd=folder, text=True,
-                            env=environment(SAVING | LONGER | settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                            env=environment(SAVING | LONGER | settings), stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
 
 
 def test_killed_at_random_moments_again_and_again(dataset, tmp_path):
@@ -82,7 +84,8 @@ def test_killed_while_a_checkpoint_is_written(dataset, tmp_path, place):
     assert outcome(resumed.folder) == outcome(whole.folder)
 
 
-@pytest.mark.parametrize("fault", ["quantize 3 kill", "quantize 15 kill", "score 5 kill", "score 18 kill", "adapt 7 kill"])
+@pytest.mark.parametrize("fault", [
+    "quantize 3 kill", "quantize 15 kill", "score 5 kill", "score 18 kill", "adapt 7 kill"])
 def test_killed_in_quantisation_and_evaluation(dataset, tmp_path, fault):
     whole = run_with(tmp_path, dataset | dict(RUN_ID="whole"))
     assert run_with(tmp_path, dataset, fault).code == -signal.SIGKILL
@@ -91,7 +94,8 @@ def test_killed_in_quantisation_and_evaluation(dataset, tmp_path, fault):
     assert outcome(resumed.folder) == outcome(whole.folder)
 
 
-@pytest.mark.parametrize("fault", ["step 9 hang 1", "step 9 stop 1", "step 9 hang 0", "adapt 12 hang 1", "step 9 stop 0"])
+@pytest.mark.parametrize("fault", [
+    "step 9 hang 1", "step 9 stop 1", "step 9 hang 0", "adapt 12 hang 1", "step 9 stop 0"])
 def test_a_rank_that_hangs_or_is_frozen_ends_the_job_within_a_minute(dataset, tmp_path, fault):
     mark = f"fault_mark_{time.time_ns()}"
     begin = time.monotonic()
