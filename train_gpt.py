@@ -23,6 +23,7 @@ import timeit
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter, sleep, strftime
 
@@ -33,6 +34,7 @@ import torch.nn.functional as F
 import zstandard as zstd
 from torch import distributed as comm, nn, optim
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # ---- Settings
 # Parsed strictly: a typo would cost eight GPUs twenty minutes.
@@ -188,7 +190,8 @@ class Dist:
   def __init__(self, device="cpu", env={}):
     names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     self.rank, self.world_size, local_rank, local_size = (int(env.get(*name)) for name in names)
-    self.is_master, self.signal, self.stop, self.patience = self.rank == 0, 0, 0, 1e9
+    self.is_master, self.signal, self.stop = self.rank == 0, 0, 0
+    self.patience, self.worked, self.since = 1e9, 28, math.inf
     self.on_gpu = device == "cuda" or device == "auto" and torch.cuda.is_available()
     self.device = torch.device(f"cuda:{local_rank}" if self.on_gpu else "cpu")
     if self.on_gpu:
@@ -198,6 +201,7 @@ class Dist:
     elif local_size > 1:  # torchrun's OMP_NUM_THREADS=1 leaves cores idle
       torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if self.world_size > 1:  # gloo beside nccl: hosts' decisions bypass GPUs
+      faulthandler.register(signal.SIGTERM, chain=True)  # torchrun's to a rank that hangs
       store, rank, size = next(comm.rendezvous("env://"))
       store = comm.PrefixStore(env.get("TORCHELASTIC_RESTART_COUNT", ""), store)  # else addresses of the dead
       comm.init_process_group("cpu:gloo,cuda:nccl" if self.on_gpu else "gloo", store=store, rank=rank, world_size=size)
@@ -205,16 +209,19 @@ class Dist:
   def mine(self, items):
     return items[self.rank :: self.world_size]
 
-  def expect(self, seconds=1e9, more=0):
+  def expect(self, seconds=1e9):
     """Until the next call; a rank that hangs shows where and ends."""
-    self.patience = seconds
-    faulthandler.dump_traceback_later(min(seconds, 1e9) + more, exit=True)
+    self.patience, self.worked, self.since = seconds, 28, perf_counter()
+    faulthandler.dump_traceback_later(min(seconds, 1e9), exit=True)
 
   def meet(self, collective, *args, **options):
-    """Calls what waits for other ranks; the one that hangs ends first."""
-    self.expect(self.patience, more=5)
+    """Waits for others: 5 s longer than expected, as the one that hangs ends first; where nothing is expected 28 s, or
+    as long as this rank has worked alone."""
+    self.worked = max(self.worked, perf_counter() - self.since)
+    faulthandler.dump_traceback_later(self.patience + 5 if self.patience < 1e9 else self.worked, exit=True)
     collective(*args, **options)
-    self.expect(self.patience)
+    faulthandler.dump_traceback_later(min(self.patience, 1e9), exit=True)
+    self.since = perf_counter()
 
   def sum_(self, tensor):
     if self.world_size > 1:
@@ -244,15 +251,6 @@ class Dist:
   def catch_signals(self):
     for number in (signal.SIGTERM, signal.SIGINT):
       signal.signal(number, lambda number, _: setattr(self, "signal", number))
-
-  def digests(self, model):
-    """Starts of each rank's SHA-256 of the weights, all equal."""
-    weights = b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())
-    found = [hashlib.sha256(weights).hexdigest()[:16]] * self.world_size
-    if self.world_size > 1:
-      comm.all_gather_object(found, found[0])
-    assert len(set(found)) == 1, f"the ranks hold different weights: {found}"
-    return " ".join(found)
 
 class Log:
   """Lines for people (console, train.log), records for programs (metrics.jsonl: so many bytes stay), if in a folder."""
@@ -429,9 +427,10 @@ def attend_by_products(q, k, v, mask):
     parts.append((scores.softmax(-1).flatten(2, 3) @ v[:, :, :end]).view(part.shape))
   return torch.cat(parts, 3).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
-def attend_by_sdpa(q, k, v, mask):
+def attend_by_sdpa(q, k, v, mask, kernel):
   q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-  return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+  with sdpa_kernel(kernel):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 def attend_by_fa3(q, k, v, mask):
   """FlashAttention 3 (arXiv:2407.08608)."""
@@ -439,44 +438,42 @@ def attend_by_fa3(q, k, v, mask):
   y = flash_attn_func(q, k, v, causal=True)
   return y[0] if isinstance(y, tuple) else y
 
-BACK_ENDS = dict(products=attend_by_products, flash=attend_by_sdpa, cudnn=attend_by_sdpa, fa3=attend_by_fa3)
+BACK_ENDS = dict(products=attend_by_products, flash=partial(attend_by_sdpa, kernel=SDPBackend.FLASH_ATTENTION),
+  cudnn=partial(attend_by_sdpa, kernel=SDPBackend.CUDNN_ATTENTION), fa3=attend_by_fa3)
 
 def causal_mask(config):
   """(L, L): 0, and -inf for keys after the query."""
   return torch.full([config.train_seq_len] * 2, -math.inf, dtype=DTYPES.get(config.compute_dtype)).triu(1)
 
 def choose_attention(config, dist, log):
-  """auto: on GPUs the back end fastest forwards and backwards that agrees with products; on CPUs products."""
-  auto, seconds, expected = config.attention == "auto", {}, []
+  """What is asked for, if it works; auto: products on CPUs, on GPUs the fastest that agrees with it."""
+  names, seconds, expected = [config.attention], {}, []
+  if names == ["auto"]:
+    names = list(BACK_ENDS)[: (2 if config.deterministic else 4) if dist.on_gpu else 1]  # two repeat
   mask = causal_mask(config).to(dist.device)
   q, k, v = (mask.new_empty(8, len(mask), heads, config.model_dim // config.num_heads).normal_().requires_grad_()
     for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads))
-  for name in list(BACK_ENDS)[: 2 if config.deterministic else 4] if auto and dist.on_gpu else ():  # two repeat
-    allow_kernel(name)
+  for name in names:
     try:
       attend, found = compiled(BACK_ENDS[name]) if config.compile == "1" else BACK_ENDS[name], []
       def work():
         y = attend(q, k, v, mask)
         found[:] = y, *torch.autograd.grad(y, (q, k, v), torch.ones_like(y))
-        torch.cuda.synchronize()
+        if dist.on_gpu:
+          torch.cuda.synchronize()
       best = min(timeit.repeat(work, number=1, repeat=8))
       expected = expected or found
       refuse(any((a - b).norm() > 0.02 * b.norm() for a, b in zip(found, expected)), "other than products")
       seconds[name] = best
     except Exception as reason:
       log(f"attention {name}: {reason!r:.100}")
-  choice = dist.from_master(lambda: min(seconds, key=seconds.get, default="products")) if auto else config.attention
-  allow_kernel(choice)
+  refuse(not seconds, f"ATTENTION={config.attention} does not work here: set auto")
+  choice = dist.from_master(lambda: min(seconds, key=seconds.get))
   log(f"attention:{choice} of {seconds}", event="attention", choice=choice, seconds=seconds)
   return choice
 
 def compiled(function):
   return torch.compile(function, dynamic=False, fullgraph=True)
-
-def allow_kernel(name):
-  """Leaves attend_by_sdpa one kernel."""
-  for kernel in ("flash", "cudnn", "mem_efficient", "math") if name in ("flash", "cudnn") else ():
-    getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(kernel == name)
 
 class MLP(nn.Module):
   """Squared ReLU (Primer, arXiv:2109.08668)."""
@@ -758,6 +755,16 @@ class Run:
   def __init__(self, config, dist, log, model, nll, grads):
     self.config, self.dist, self.log, self.model, self.nll, self.grads = config, dist, log, model, nll, grads
     self.reserve_s, self.checkpoints = 0.0, Checkpoints()
+
+  def weights_sha256(self, when):
+    """Logs and returns it, the same on all ranks."""
+    weights = b"".join(p.detach().cpu().numpy().tobytes() for p in self.model.parameters())
+    found = [hashlib.sha256(weights).hexdigest()] * self.dist.world_size
+    if len(found) > 1:
+      comm.all_gather_object(found, found[0])
+    assert len(set(found)) == 1, f"the ranks hold different weights: {found}"
+    self.log(f"weights_sha256 {when}: {found[0]} on {len(found)} ranks", event="weights", when=when, sha256=found[0])
+    return found[0]
 
 def train_step(run, batch, optimizers, factor, momentum):
   """One optimiser step, none if gradients are not finite; this rank's part of the mean loss. Never waits for GPUs."""
@@ -1094,6 +1101,13 @@ def plan_chunks(num_targets, seq_len, stride, chunk_tokens):
   windows = sliding_windows(num_targets, seq_len, stride)
   return np.split(windows, np.flatnonzero(np.diff(windows[:, 1] // chunk_tokens)) + 1)
 
+def digest(model):
+  """64 bits, computed where the weights are: their bit patterns, mixed with their places, summed."""
+  weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+  x, odd = F.pad(weights, (0, len(weights) % 2)).view(torch.int64), 6364136223846793005  # Knuth's, for MMIX
+  x = x + torch.arange(len(x), device=x.device) * odd
+  return f"{((x ^ x >> 32) * odd).sum().item() % 2**64:016x}"
+
 class Evaluator:
   """Scores the split's tokens in whole sequences, as the baseline does."""
   def __init__(self, run, tokens, token_bytes):
@@ -1143,9 +1157,12 @@ class Evaluator:
     """Logs the loss without overlap or adaptation."""
     self.dist.expect()
     start, title = perf_counter(), title or f"step:{step}/{self.config.iterations}"
-    loss, bpb = self.loss_and_bpb(self.score_first(self.num_targets, *self.plain))
+    nats, begin = self.score_first(self.num_targets, *self.plain), 2 ** np.arange(self.length.bit_length()) - 1
+    loss, bpb = self.loss_and_bpb(nats)
+    means = np.add.reduceat(nats.reshape(-1, self.length).mean(0, dtype=float), begin)
     self.run.log(f"{title} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{1000 * train_s:.0f}ms", event=event,
-      step=step, train_s=train_s, val_loss=loss, val_bpb=bpb, seconds=perf_counter() - start)
+      step=step, train_s=train_s, val_loss=loss, val_bpb=bpb, seconds=perf_counter() - start,
+      by_position=(means / np.diff(begin, append=self.length)).round(4).tolist())  # at 0, 1 and 2, 3 to 6 ...
 
   def adapt(self, first, end, optimizer):
     """One SGD step on the mean loss of targets [first, end), all scored already."""
@@ -1203,13 +1220,15 @@ class Evaluator:
       assert begin == windows[0, 1]  # each target once, in order
       if index < done:
         continue
+      weights = digest(self.run.model)
       nats[begin:end] = self.score(windows, config.eval_batch_seqs, config.eval_stride)
       now, left = self.dist.now() - start, len(chunks) - index - 1
       seconds[0, index] = now - last
       total += nats[begin:end].sum(dtype=float)
       bpb = total / math.log(2) / int(self.bytes_before[end])
       log(f"eval_chunk:{index + 1}/{len(chunks)} running_bpb:{bpb:.4f} eval_time:{1000 * now:.0f}ms",
-        event="score", chunk=index, first=begin, end=end, running_bpb=bpb, eval_s=now)
+        event="score", chunk=index, first=begin, end=end, weights=weights, running_bpb=bpb, eval_s=now,
+        submitted=bool(phase))
       adapting, last = adapting and left > 0, now
       projected = now + (seconds[1].max() + left * np.median(seconds[0, : index + 1]) if index > 8 else 0.0)
       if adapting and (index == config.ttt_max_chunks or 0 < config.eval_max_seconds < projected):
@@ -1240,15 +1259,17 @@ def preflight(config, dist, targets):
   token_s = 2 * (size - config.bigram_vocab_size * config.bigram_dim) / best  # forwards
   step_s = 3 * token_s * config.train_batch_tokens
   score_s = 0.8 * token_s * targets * config.train_seq_len / config.eval_stride
+  finest, most_bytes = sum(n * bits for n, bits in table) / 9, config.max_artifact_bytes
   at = Path("logs" if os.path.exists("logs") else ".").absolute()
-  free, need = shutil.disk_usage(at).free / 1e9, (config.max_artifact_bytes + 48 * size + 12 * targets) / 1e9
+  free, need = shutil.disk_usage(at).free / 1e9, (most_bytes + 48 * size + 12 * targets) / 1e9
   refuse([text for wrong, text in (
     (0 < limit < 10 * step_s and not config.artifact,
       f"MAX_WALLCLOCK_SECONDS={limit}: a step takes {step_s:.1f} s or more: no GPU (nvidia-smi)?"),
+    (finest > 2 * most_bytes and not config.artifact,
+      f"MAX_ARTIFACT_BYTES={most_bytes}: the model takes {finest:.0f} at the finest steps: make it smaller"),
     (0 < most < score_s, f"EVAL_MAX_SECONDS={most}: scoring takes {score_s:.0f} s or more: set 0"),
     (free < need and not config.resume, f"{at}: {free:.2f} GB free, {need:.2f} may be needed: make room"),
     (not os.access(at, os.W_OK), f"{at} cannot be written: start elsewhere")) if wrong])
-  finest = sum(n * bits for n, bits in table) / 9
   return f"preflight: {step_s:.2g} s a step, {score_s:.2g} scoring; disk {need:.2f} of {free:.2f} GB, {finest:.0f} B"
 
 def load_artifact(path, dist):
@@ -1302,7 +1323,8 @@ def build_run(config, dist, log):
     for block in model.blocks:
       block.forward = compiled(block.forward)
   run = Run(config, dist, log, model, nll, FlatGradients(model))
-  log(f"model_params:{run.grads.flat.numel()} weights_sha256 at the start, by rank: {dist.digests(model)}")
+  log(f"model_params:{run.grads.flat.numel()}")
+  run.weights_sha256("at the start")
   return run
 
 def train_and_store(run, stream, optimizers, evaluator, code):
@@ -1310,7 +1332,7 @@ def train_and_store(run, stream, optimizers, evaluator, code):
   average, progress = train(run, stream, optimizers, evaluator.validate)
   average.apply()
   evaluator.validate("swa", **progress, title=f"swa:{average.count}_snapshots")
-  run.log(f"weights_sha256 after training, by rank: {run.dist.digests(run.model)}")
+  run.weights_sha256("after training")
   limit, left = run.config.max_artifact_bytes, (run.config.max_wallclock_seconds or math.inf) - progress["train_s"]
   moments, start = error_moments(run, stream, progress["step"], seconds=left), perf_counter()
   data = encode_artifact(run.model.state_dict(), run.config, moments=moments, limit=limit - len(code), dist=run.dist)
@@ -1328,19 +1350,26 @@ def evaluate_artifact(run, path, evaluator):
     submitted = "ttt" in label
     start = run.dist.now() - evaluator.warm_up_s * submitted  # compiling counts
     run.model.load_state_dict(load_artifact(path, run.dist)[1])
-    phase = f"2_evaluate_{run.dist.digests(run.model)[:8]}" * submitted
+    phase = f"2_evaluate_{run.weights_sha256(f'before {label}')[:8]}" * submitted
     nats, adapted = evaluator.score_then_adapt(evaluator.epochs * submitted, start, phase)
     loss, bpb = evaluator.loss_and_bpb(nats)
     refuse(not math.isfinite(loss), f"{label} val_loss:{loss}: adaptation diverged, lower TTT_LR={config.ttt_lr}")
     result = dict(run_id=config.run_id, seed=config.seed, val_loss=loss, val_bpb=bpb, chunks_adapted=adapted,
       targets=evaluator.num_targets, full_targets=evaluator.full_targets, bytes=int(evaluator.bytes_before[-1]),
       eval_seconds=run.dist.now() - start + evaluator.before_s)
-    log(f"weights_sha256 after {label}, by rank: {run.dist.digests(run.model)}")
+    run.weights_sha256(f"after {label}")
     log(f"{label} val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{1000 * result['eval_seconds']:.0f}ms targets:"
       f"{evaluator.num_targets}/{evaluator.full_targets} bytes:{result['bytes']} chunks_adapted:{adapted}",
       event=label, **result)
     if submitted and log.folder:
-      (log.folder / "submission.json").write_text(json.dumps(result, indent=2) + "\n")
+      told = {r["event"]: r for r in map(json.loads, (log.folder / "metrics.jsonl").read_text().splitlines())}
+      artifact, code = (os.path.getsize(p) for p in (path, log.folder / "train_gpt.py"))
+      result |= dict(artifact_bytes=artifact, code_bytes=code, total_bytes=artifact + code)
+      if last := told.get("swa"):
+        result |= dict(steps=last["step"], train_seconds=last["train_s"] + told["moments"]["seconds"])
+      (log.folder / "submission.json").write_text(json.dumps(result | dict(track=None, date=strftime("%Y-%m-%d"),
+        name=config.run_id, author=None, github_id=None, hardware=told["start"]["hardware"], ranks=run.dist.world_size,
+        mean_val_loss=loss, mean_val_bpb=bpb, seed_results={config.seed: dict(result)}), indent=2) + "\n")
       if config.val_nll_path:
         np.save(config.val_nll_path, nats)
 

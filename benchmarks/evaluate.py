@@ -58,12 +58,10 @@ class Arm:
         self.targets = sum(int(windows[-1, 2] - windows[0, 1]) for windows in self.windows)
 
     def score(self) -> None:
-        train_gpt.allow_kernel(self.config.attention)  # arms share the process
         sizes = self.config.eval_batch_seqs, self.config.eval_stride
         self.nats = [self.evaluator.score(windows, *sizes) for windows in self.windows]
 
     def adapt(self) -> None:
-        train_gpt.allow_kernel(self.config.attention)
         size = self.config.ttt_chunk_tokens
         for index in range(1, len(self.windows) + 1):
             for _ in range(self.evaluator.epochs):

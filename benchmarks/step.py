@@ -77,7 +77,6 @@ class Arm:
 
     def steps(self, count: int) -> None:
         """As train_gpt.train takes them."""
-        train_gpt.allow_kernel(self.run.config.attention)  # arms share the process
         for _ in range(count):
             batch = list(self.stream.micro_batches(self.done, self.run.dist))
             loss = train_gpt.train_step(self.run, batch, [self.muon, self.adamw], 1.0, 0.95)
@@ -88,7 +87,6 @@ class Arm:
         """Milliseconds of the parts of one step, the device waited for in between; Newton-Schulz is a part of Muon."""
         run, milliseconds = self.run, {}
         updates = [p.grad.clone() for p in self.muon.param_groups[0]["params"]]
-        train_gpt.allow_kernel(run.config.attention)
         batch = list(self.stream.micro_batches(self.done, run.dist))
 
         def forwards_and_backwards() -> None:
