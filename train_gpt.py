@@ -761,7 +761,7 @@ class Run:
     weights = b"".join(p.detach().cpu().numpy().tobytes() for p in self.model.parameters())
     found = [hashlib.sha256(weights).hexdigest()] * self.dist.world_size
     if len(found) > 1:
-      comm.all_gather_object(found, found[0])
+      self.dist.meet(comm.all_gather_object, found, found[0])
     assert len(set(found)) == 1, f"the ranks hold different weights: {found}"
     self.log(f"weights_sha256 {when}: {found[0]} on {len(found)} ranks", event="weights", when=when, sha256=found[0])
     return found[0]

@@ -112,6 +112,22 @@ def test_a_rank_that_hangs_or_is_frozen_ends_the_job_within_a_minute(dataset, tm
     assert resumed.code == 0, resumed.output
 
 
+@pytest.mark.parametrize("fault", [
+    "read 1 hang 1", "step 1 hang 1", "step 2 hang 0", "quantize 3 hang 1", "quantize 3 stop 0"])
+def test_a_rank_that_hangs_where_nothing_is_expected_ends_the_job_within_a_minute(dataset, tmp_path, fault):
+    """In the start, the warm-up, and while the artifact is made: those who wait for it end, and torchrun the rest."""
+    mark = f"fault_mark_{time.time_ns()}"
+    begin = time.monotonic()
+    hung = run_with(tmp_path, dataset | dict(MARK=mark), fault, ranks=2)
+    seconds = time.monotonic() - begin
+    print(f"{fault}: ended after {seconds:.0f} s, start included")
+    assert hung.code != 0 and seconds < 70, hung.output  # some 10 s of it are the start
+    assert "in meet" in hung.output  # who waited, and for what
+    if "quantize" not in fault:  # afterwards SIGTERM is for checkpoints
+        assert "faults.py" in hung.output and "in wrapped" in hung.output  # where the other one hung
+    assert not processes_of(mark)
+
+
 def test_restarts_resume_again_and_again(dataset, tmp_path):
     """Gloo once read the addresses of the dead: 8 restarts in a row, and all of them must find each other."""
     for attempt in range(8):
