@@ -1,4 +1,6 @@
 """README.md says what is true: its line references, its settings, its commands."""
+import contextlib
+import io
 import re
 
 from conftest import REPOSITORY
@@ -33,3 +35,16 @@ def test_the_two_commands_are_in_the_makefile():
 
 def test_nothing_is_left_to_fill_in():
     assert not re.search(r"@[A-Z]+@|TODO|XXX", README)
+
+
+def test_the_example_of_scores_by_document_does_what_it_says(run_here, dataset):
+    run = run_here(VAL_NLL_PATH="nats.npy", MAX_VAL_TOKENS=0)
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "begins with bos" in block]
+    for name, value in dataset.items():
+        code = code.replace(name, value)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        exec(code, {})
+    lines = [line.split(maxsplit=1) for line in output.getvalue().splitlines()]
+    bpb = [float(first) for first, *_ in lines if re.fullmatch(r"\d+\.\d{4}", first)]
+    assert len(bpb) == 5  # the data set's documents
+    assert min(bpb) < run.submission["val_bpb"] < max(bpb)
