@@ -81,6 +81,10 @@ class Arm:
             for matrix in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
                 matrix(x)
 
+        train_gpt.digest(run.model)
+        (digests,) = timing.in_turn([lambda: train_gpt.digest(run.model)], repeats, self.device)
+        print(f"\n{self.name}: the digest of the weights, once a chunk, takes {spread([1000 * s for s in digests])} ms",
+              end="")
         works = [lambda: run.nll(run.model, tokens, tokens), lambda: run.nll(run.model, tokens, targets, at), shared]
         for work in works:  # compiles
             work()
