@@ -183,7 +183,7 @@ def commands(run: FinishedRun) -> str:
     return "```\n" + "\n".join(lines) + "\n```\n"
 
 
-def readme(name: str, runs: list[FinishedRun], found: list[Finding], pictures: list[str], track: str) -> str:
+def readme(name: str, runs: list[FinishedRun], found: list[Finding], pictures: list[str], track: str, hardware: str) -> str:
     first, start = runs[0], runs[0].last["start"]
     bpbs = [run.result["val_bpb"] for run in runs]
     spread = f" ± {statistics.stdev(bpbs):.4f} (standard deviation of {len(bpbs)} seeds)" if len(bpbs) > 1 else ""
@@ -196,7 +196,7 @@ def readme(name: str, runs: list[FinishedRun], found: list[Finding], pictures: l
     versions = ", ".join(f"{module} {version}" for module, version in start["versions"].items() if version)
     return f"""# {name}
 
-**{statistics.fmean(bpbs):.4f} BPB**{spread}, {track}, on {first.hardware}. {why}
+**{statistics.fmean(bpbs):.4f} BPB**{spread}, {track}, on {hardware}. {why}
 
 {results_table(runs)}
 Adaptation scores each chunk first and trains on it afterwards; VALIDITY.md has the record of every chunk, and
@@ -257,7 +257,8 @@ def validity(runs: list[FinishedRun]) -> str:
     return "\n".join(text)
 
 
-def submission(runs: list[FinishedRun], name: str, author: str, github_id: str, track: str, date: str) -> dict:
+def submission(runs: list[FinishedRun], name: str, author: str, github_id: str, track: str, date: str,
+               hardware: str) -> dict:
     """The challenge's keys; mean_val_* and val_* are the same."""
     def summary(run: FinishedRun) -> dict:
         return dict(val_loss=run.result["val_loss"], val_bpb=run.result["val_bpb"], steps=run.last["swa"]["step"],
@@ -271,7 +272,7 @@ def submission(runs: list[FinishedRun], name: str, author: str, github_id: str, 
         val_loss=statistics.fmean(losses), val_bpb=statistics.fmean(bpbs), mean_val_loss=statistics.fmean(losses),
         mean_val_bpb=statistics.fmean(bpbs), val_loss_std=statistics.stdev(losses) if len(runs) > 1 else None,
         val_bpb_std=statistics.stdev(bpbs) if len(runs) > 1 else None, seeds=[run.seed for run in runs],
-        seed_results={str(run.seed): summary(run) for run in runs}, hardware=runs[0].hardware,
+        seed_results={str(run.seed): summary(run) for run in runs}, hardware=hardware,
         artifact_bytes=max(run.artifact.stat().st_size for run in runs), code_bytes=runs[0].script.stat().st_size,
         total_bytes=max(map(total_bytes, runs)), train_seconds=most(runs, "train_seconds"),
         eval_seconds=most(runs, "eval_seconds"), data=Path(runs[0].settings["data_path"]).name,
@@ -279,7 +280,8 @@ def submission(runs: list[FinishedRun], name: str, author: str, github_id: str, 
 
 
 def package(folders: list[Path], name: str, author: str, github_id: str, baseline_bpb: float | None,
-            baseline: float | None, data: Path | None, tokenizer: Path | None, chunks: int, out: Path) -> Path | None:
+            baseline: float | None, data: Path | None, tokenizer: Path | None, chunks: int, out: Path,
+            machine: str = "") -> Path | None:
     """Writes the folder and returns it; None if the runs are not sound."""
     runs = [FinishedRun.from_logs(folder) for folder in folders]
     for run, folder in zip(runs, folders):
@@ -309,9 +311,10 @@ def package(folders: list[Path], name: str, author: str, github_id: str, baselin
         shutil.copy(first.artifact, folder / f"artifact_seed{first.seed}.bin")
         shutil.copy(REPOSITORY / "requirements.txt", folder / "requirements.txt")
         pictures = plot.save_all(runs, folder / "figures")
-        (folder / "README.md").write_text(readme(name, runs, found, pictures, track))
+        hardware = first.hardware + f" ({machine})" * bool(machine)
+        (folder / "README.md").write_text(readme(name, runs, found, pictures, track, hardware))
         (folder / "VALIDITY.md").write_text(validity(runs))
-        result = submission(runs, name, author, github_id, track, date)
+        result = submission(runs, name, author, github_id, track, date, hardware)
         (folder / "submission.json").write_text(json.dumps(result, indent=2) + "\n")
         target = out / track / f"{date}_{re.sub(r'[^A-Za-z0-9]+', '_', name).strip('_')}"
         if target.exists():
@@ -331,6 +334,7 @@ def run(argv: list[str]) -> int:
     baseline = parser.add_mutually_exclusive_group()
     baseline.add_argument("--baseline-bpb", type=float, help="the score to beat, in bits per byte")
     baseline.add_argument("--baseline-nats", type=float, help="the same in nats a token")
+    parser.add_argument("--machine", default="", help="what the log does not say of it: a CPU's name, the provider")
     parser.add_argument("--data", type=Path, help="the data set of the runs; default: where they had it")
     parser.add_argument("--tokenizer", type=Path, help="its SentencePiece model; default: where they had it")
     parser.add_argument("--chunks", type=int, default=4, help="how many chunks to score again, default 4")
@@ -342,7 +346,7 @@ def run(argv: list[str]) -> int:
     if not given.out.is_dir():
         raise UserError(f"--out {given.out}: no such folder")
     target = package(given.runs, given.name, given.author, given.github_id, given.baseline_bpb, given.baseline_nats,
-                     given.data, given.tokenizer, given.chunks, given.out)
+                     given.data, given.tokenizer, given.chunks, given.out, given.machine)
     return 0 if target else 1
 
 

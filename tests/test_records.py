@@ -297,18 +297,18 @@ def test_another_artifact_is_not_what_was_scored(record, finished, capsys):
 
 CHEATS = {
     # PR #264's own order: two epochs over all of the validation text, and only then the score.
-    "all of it first": ('''    nats, adapted = evaluator.score_then_adapt(''', '''    if submitted:
+    "all of it first": ('''    nats, adapted = scorer.score_then_adapt(''', '''    if submitted:
       first = optim.SGD(run.model.parameters(), lr=0.05, momentum=0.9)
       for _ in range(2):
-        for begin in range(0, evaluator.num_targets, config.train_seq_len):
-          evaluator.adapt(begin, begin + config.train_seq_len, first)
-    nats, adapted = evaluator.score_then_adapt('''),
+        for begin in range(0, scorer.num_targets, cfg.train_seq_len):
+          scorer.adapt(begin, begin + cfg.train_seq_len, first)
+    nats, adapted = scorer.score_then_adapt('''),
     # Each chunk first, the digest as if not.
-    "each chunk first": ('''      nats[begin:end] = self.score(windows, config.eval_batch_seqs, config.eval_stride)
+    "each chunk first": ('''      nats[begin:end] = self.score(windows, cfg.eval_batch_seqs, cfg.eval_stride)
 ''', '''      if adapting:
-        sgd.param_groups[0]["lr"] = config.ttt_lr
+        sgd.param_groups[0]["lr"] = cfg.ttt_lr
         self.adapt(begin, end, sgd)
-      nats[begin:end] = self.score(windows, config.eval_batch_seqs, config.eval_stride)
+      nats[begin:end] = self.score(windows, cfg.eval_batch_seqs, cfg.eval_stride)
 '''),
     # The sliding window's old mistake: what the last window scores counts once for each of its strides.
     "double-counted tail": ('''    total = nats.sum(dtype=float)

@@ -350,6 +350,6 @@ class TestGPU:
         log = train_gpt.Log(tmp_path)
         choice = train_gpt.choose_attention(config, train_gpt.Dist("cuda"), log)
         lines = (tmp_path / "train.log").read_text()
-        assert choice in BACK_ENDS and "other results than products" not in lines
+        assert choice in BACK_ENDS and "other than products" not in lines
         assert "attention products" not in lines and "attention flash" not in lines  # these two work on any GPU
 
