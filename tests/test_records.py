@@ -8,6 +8,7 @@ import math
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import check_validity
@@ -43,7 +44,8 @@ def one_thread(monkeypatch):
 @pytest.fixture(scope="module")
 def finished(dataset, tmp_path_factory) -> list[Path]:
     folder = tmp_path_factory.mktemp("finished")
-    return [run_script(folder, dataset, RUN_ID=f"seed{seed}", SEED=seed) for seed in SEEDS]
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda seed: run_script(folder, dataset, RUN_ID=f"seed{seed}", SEED=seed), SEEDS))
 
 
 def copies(finished: list[Path], folder: Path) -> list[Path]:
@@ -168,17 +170,10 @@ def spoil_prefix(folder):
     change_records(folder, lambda r: r | dict(full_targets=10**6) if r["event"] == "final_ttt_exact" else r)
 
 
-def spoil_score(folder):
-    """Every figure of the run a hundredth better: consistent, but not what the artifact scores."""
-    def better(r):
-        return {name: 0.99 * value if name in ("val_loss", "val_bpb", "running_bpb") else value for name, value in r.items()}
-    change_records(folder, better)
-
-
 @pytest.mark.parametrize("spoil, says", [
     (spoil_settings, "FAIL  the same settings but for the seed: MATRIX_LR=0.02 and 0.5"),
     (spoil_script, "FAIL  one script for all seeds"), (spoil_artifact, "FAIL  seed 3: artifact.bin is the one"),
-    (spoil_prefix, "FAIL  the whole split is scored"), (spoil_score, "FAIL  seed 3: scored again from this folder"),
+    (spoil_prefix, "FAIL  the whole split is scored"),
 ])
 def test_runs_that_are_not_sound_are_packaged_nowhere(finished, tmp_path, capsys, spoil, says):
     folders = copies(finished, tmp_path)
@@ -186,6 +181,15 @@ def test_runs_that_are_not_sound_are_packaged_nowhere(finished, tmp_path, capsys
     status, written = packaged(folders, tmp_path / "out", "--baseline-bpb", "9")
     assert status == 1 and not written and not list((tmp_path / "out").iterdir())
     assert says in capsys.readouterr().out
+
+
+def test_a_score_that_the_artifact_does_not_have_is_packaged_nowhere(finished, tmp_path, capsys):
+    """Every figure of the run a hundredth better: without contradiction, but not what is scored again."""
+    folders = copies(finished[:1], tmp_path)
+    change_records(folders[0], lambda r: {
+        name: 0.99 * value if name in ("val_loss", "val_bpb", "running_bpb") else value for name, value in r.items()})
+    status, written = packaged(folders, tmp_path / "out", "--baseline-bpb", "9")
+    assert status == 1 and not written and "FAIL  seed 1: scored again from this folder" in capsys.readouterr().out
 
 
 def test_a_run_that_has_not_finished_is_one_line(finished, tmp_path, capsys):
@@ -285,14 +289,9 @@ def as_record(run: Path, folder: Path) -> Path:
 
 
 def test_an_honest_run_is_valid_bit_for_bit(record, capsys):
-    assert check(record, "--cuts", "2") == 0
+    assert check(record, "--cuts", "1") == 0
     output = capsys.readouterr().out
-    assert "(the same bits)" in output and output.count("past: another future") == 2 and "FAIL" not in output
-
-
-def test_another_artifact_is_not_what_was_scored(record, finished, capsys):
-    assert check(record, "--artifact", str(finished[1] / "artifact.bin"), "--cuts", "1") == 1
-    assert "is not what the first chunk was scored with" in capsys.readouterr().out
+    assert "(the same bits)" in output and output.count("past: another future") == 1 and "FAIL" not in output
 
 
 CHEATS = {
@@ -324,8 +323,8 @@ CHEATS = {
 
 
 @pytest.mark.parametrize("cheats, says", [
-    (["all of it first"], ["past", "weights"]), (["looks ahead"], ["distribution"]),
-    (["each chunk first", "double-counted tail", "wrong bytes"], ["past", "sums", "bytes"]),
+    (["all of it first", "double-counted tail", "wrong bytes"], ["past", "weights", "sums", "bytes"]),
+    (["each chunk first", "looks ahead"], ["past", "distribution"]),
 ])
 def test_a_script_that_cheats_is_found(dataset, tmp_path, capsys, cheats, says):
     code = (REPOSITORY / "train_gpt.py").read_text()
