@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from json import dumps, loads
-from math import cos, inf, isfinite, pi, prod, sqrt
+from math import cos, inf, pi, prod
 from pathlib import Path
 from time import monotonic, sleep, strftime
 
@@ -183,16 +183,16 @@ def within_edits(a, b, edits):
   return a == b or edits > 0 and any(within_edits(*pair, edits - 1) for pair in tries)
 
 # ---- Ranks and log
-# Ranks hold the same weights; they share work, gradients and rank 0's clock.
+# Ranks hold the same weights, share work, gradients and rank 0's clock.
 watchdog = partial(faulthandler.dump_traceback_later, exit=True)
 
 class Dist:
   """This rank, its device, all communication."""
-  patience, worked, since, signal, stop = 1e9, 28, inf, 0, 0
+  patience, worked, signal, stop = 1e9, 28, 0, 0
   def __init__(self, device="cpu", env={}):
-    names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    self.rank, self.world_size, local_rank, local_size = (int(env.get(*name)) for name in names)
-    self.is_master = self.rank == 0
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+    self.rank, self.world_size, local_rank, local_size = (int(env.get(name, "SIZE" in name)) for name in names)
+    self.is_master, self.since = self.rank == 0, monotonic()
     self.on_gpu = device == "cuda" or device == "auto" and torch.cuda.is_available()
     self.device = torch.device(f"cuda:{local_rank}" if self.on_gpu else "cpu")
     if self.on_gpu:
@@ -269,8 +269,7 @@ class Log:
       if console:
         print(line, flush=True)
     if event and self.folder:
-      record = dict(event=event) | record | dict(since_start_s=monotonic() - self.start)
-      print(dumps(record), file=self.records)
+      print(dumps(dict(event=event, since_start_s=monotonic() - self.start) | record), file=self.records)
 
 # ---- Data
 # Shards: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens. A step's number alone says
@@ -316,7 +315,7 @@ class TokenStream:
       index = np.searchsorted(self.starts, position, "right") - 1
       shard = self.shards[index]
       changed = os.path.getsize(shard.filename) != shard.offset + shard.nbytes
-      refuse(changed, f"{shard.filename} has changed: put it back")  # reading beyond its end would kill us
+      refuse(changed, f"{shard.filename} has changed: put it back")  # reading beyond its end kills
       parts.append(shard[position - self.starts[index] :][:count])
       start, count = start + len(parts[-1]), count - len(parts[-1])
     return check_ids(np.hstack(parts), self.config.vocab_size, self.folder)
@@ -463,10 +462,10 @@ def choose_attention(cfg, dist, log):
         found[:] = y, *torch.autograd.grad(y, (q, k, v), torch.ones_like(y))
         if dist.on_gpu:
           torch.cuda.synchronize()
-      best = min(timeit.repeat(work, number=1, repeat=8))
+      took = min(timeit.repeat(work, number=1, repeat=8))
       expected = expected or found
       refuse(any((a - b).norm() > 0.02 * b.norm() for a, b in zip(found, expected)), "other than products")
-      seconds[name] = best
+      seconds[name] = took
     except Exception as reason:
       log(f"attention {name}: {reason!r:.100}")
   refuse(not seconds, f"ATTENTION={cfg.attention} does not work here: set auto")
@@ -519,7 +518,7 @@ class GPT(nn.Module):
     # reaches the bigram projection; were that zero, it and its table would never move.
     nn.init.normal_(self.tok_emb.weight, std=0.005)
     nn.init.zeros_(self.bigram.embed.weight)
-    nn.init.orthogonal_(self.bigram.proj.weight, gain=1 / sqrt(2 * cfg.num_layers))
+    nn.init.orthogonal_(self.bigram.proj.weight, gain=(2 * cfg.num_layers) ** -0.5)
     for name, p in self.blocks.named_parameters():
       if ".weight" in name:
         (nn.init.zeros_ if ".proj." in name else nn.init.orthogonal_)(p)
@@ -708,12 +707,13 @@ class Checkpoints:
 
   def reached(self, count, final=False):
     """Saves the state if it is time; ends after a signal."""
-    every_s, every, stop = self.config.checkpoint_every_seconds, self.config.checkpoint_every_steps, self.dist.stop
-    start = monotonic()
-    now = stop or due(count, every) or 0 < every_s <= start - self.saved or final and every_s + every
-    if now and self.phase and self.log.folder:
-      self.dist.expect()
+    cfg, dist, start = self.config, self.dist, monotonic()
+    every_s, every, stop, patience = cfg.checkpoint_every_seconds, cfg.checkpoint_every_steps, dist.stop, dist.patience
+    if waits := stop or final or due(count, every):  # for the disk
+      dist.expect(600)
       self.writing.result()
+    late = self.writing.done() and 0 < every_s <= start - self.saved
+    if (stop or late or waits and every_s + every) and self.phase and self.log.folder:
       self.saved = start
       self.state[0] = torch.get_rng_state()
       parts = [t.to("cpu", copy=True).flatten().view(torch.uint8).numpy() for t in self.state]
@@ -722,6 +722,9 @@ class Checkpoints:
       self.log("", "checkpoint", count=count, seconds=monotonic() - start)
     if stop or final:
       self.writing.result()
+    if waits:
+      dist.now()
+      dist.expect(patience)
     if stop:
       raise UserError(f"stopped by {signal.Signals(stop).name}")
 
@@ -835,7 +838,7 @@ def warm_up(run, stream, opts, scorer):
     start, most = run.dist.now(), cfg.max_wallclock_seconds / 8
     error_moments(run, stream, 0, seconds=most or inf)
     run.reserve_s = min(1.1 * (run.dist.now() - start), most)
-  scorer.warm_up(bool(stream))
+  scorer.warm_up(stream)
   for opt in opts:
     opt.step()  # makes its state if it took none
     for slots in opt.state.values():
@@ -1154,12 +1157,12 @@ class Evaluator:
     """Logs the loss without overlap or adaptation."""
     self.dist.expect()
     start, title = monotonic(), title or f"step:{step}/{self.config.iterations}"
-    nats, begin = self.score_first(self.num_targets, *self.plain), 2 ** np.arange(self.length.bit_length()) - 1
+    nats = self.score_first(self.num_targets, *self.plain)
     loss, bpb = self.loss_and_bpb(nats)
-    means = np.add.reduceat(nats.reshape(-1, self.length).mean(0, dtype=float), begin)
+    parts = np.array_split(nats.reshape(-1, self.length).mean(0, dtype=float), min(32, self.length))
     self.run.log(f"{title} val_loss:{loss:.4f} val_bpb:{bpb:.4f} train_time:{1000 * train_s:.0f}ms", event,
       step=step, train_s=train_s, val_loss=loss, val_bpb=bpb, seconds=monotonic() - start,
-      by_position=(means / np.diff(begin, append=self.length)).round(4).tolist())
+      by_position=[part.mean() for part in parts])
 
   def adapt(self, first, end, opt):
     """One SGD step on the mean loss of targets [first, end), all scored already."""
@@ -1256,9 +1259,9 @@ def preflight(cfg, dist, targets):
   refuse([text for wrong, text in (
     (0 < limit < 10 * step_s and not cfg.artifact,
       f"MAX_WALLCLOCK_SECONDS={limit}: a step takes {step_s:.1f} s or more: no GPU (nvidia-smi)?"),
-    (finest > 2 * most_bytes and not cfg.artifact,
+    (finest > 3 * most_bytes and not cfg.artifact,
       f"MAX_ARTIFACT_BYTES={most_bytes}: the model takes {finest:.0f} at the finest steps: make it smaller"),
-    (0 < most < score_s, f"EVAL_MAX_SECONDS={most}: scoring takes {score_s:.0f} s or more: set 0"),
+    (0 < most < score_s, f"EVAL_MAX_SECONDS={most}: scoring takes {score_s:.0f} s: set 0"),
     (free < need and not cfg.resume, f"{at}: {free:.2f} GB free, {need:.2f} may be needed: make room"),
     (not os.access(at, os.W_OK), f"{at} cannot be written: start elsewhere")) if wrong])
   return f"preflight: {step_s:.2g} s a step, {score_s:.2g} scoring; disk {need:.2f} of {free:.2f} GB, {finest:.0f} B"
@@ -1285,7 +1288,7 @@ def settle(cfg, dist):
   return replace(cfg, device=dist.device.type, compute_dtype=dtype, compile=mode, micro_batch_tokens=micro)
 
 def describe(log, cfg, dist, code, fresh):
-  """Logs source, versions, settings."""
+  """Logs what runs, and on what."""
   if log.folder and fresh:
     (log.folder / "train_gpt.py").write_bytes(code)
     shutil.rmtree(log.folder / "checkpoints", ignore_errors=True)
@@ -1324,9 +1327,10 @@ def train_and_store(run, stream, opts, scorer, code):
   average.apply()
   scorer.validate("swa", **progress, title=f"swa:{average.count}_snapshots")
   run.weights_sha256("after training")
-  limit, left = run.config.max_artifact_bytes, (run.config.max_wallclock_seconds or inf) - progress["train_s"]
+  cfg = run.config
+  limit, left = cfg.max_artifact_bytes, (cfg.max_wallclock_seconds or inf) - progress["train_s"]
   moments, start = error_moments(run, stream, progress["step"], seconds=left), monotonic()
-  data = encode_artifact(run.model.state_dict(), run.config, moments=moments, limit=limit - len(code), dist=run.dist)
+  data = encode_artifact(run.model.state_dict(), cfg, moments=moments, limit=limit - len(code), dist=run.dist)
   if run.dist.is_master:
     write_whole(run.log.folder / "artifact.bin", [data])
   total = len(data) + len(code)
@@ -1344,8 +1348,8 @@ def evaluate_artifact(run, path, scorer):
     phase = f"2_evaluate_{run.weights_sha256(f'before {label}')[:8]}" * submitted
     nats, adapted = scorer.score_then_adapt(scorer.epochs * submitted, start, phase)
     loss, bpb = scorer.loss_and_bpb(nats)
-    refuse(not isfinite(loss), f"{label} val_loss:{loss}: adaptation diverged, lower TTT_LR={cfg.ttt_lr}")
-    result = dict(run_id=cfg.run_id, seed=cfg.seed, val_loss=loss, val_bpb=bpb, chunks_adapted=adapted,
+    refuse(not loss < inf, f"{label} val_loss:{loss}: adaptation diverged, lower TTT_LR={cfg.ttt_lr}")
+    result = dict(seed=cfg.seed, val_loss=loss, val_bpb=bpb, chunks_adapted=adapted,
       targets=scorer.num_targets, full_targets=scorer.full_targets, bytes=int(scorer.bytes_before[-1]),
       eval_seconds=run.dist.now() - start + scorer.before_s)
     run.weights_sha256(f"after {label}")
@@ -1353,7 +1357,7 @@ def evaluate_artifact(run, path, scorer):
       f"{scorer.num_targets}/{scorer.full_targets} bytes:{result['bytes']} chunks_adapted:{adapted}", label, **result)
     if submitted and log.folder:
       told = {r["event"]: r for r in map(loads, open(log.records.name))}
-      artifact, code = map(os.path.getsize, (path, __file__))
+      artifact, code = (os.path.getsize(p) for p in (path, log.folder / "train_gpt.py"))
       result |= dict(artifact_bytes=artifact, code_bytes=code, total_bytes=artifact + code)
       if last := told.get("swa"):
         result |= dict(steps=last["step"], train_seconds=last["train_s"] + told["moments"]["seconds"])
@@ -1400,8 +1404,8 @@ def main():
       train_and_store(run, stream, opts, scorer, code)
     evaluate_artifact(run, cfg.artifact or saver.folder / "artifact.bin", scorer)
   except Exception as problem:
-    go_on = [f"RUN_ID={cfg.run_id} RESUME=auto continues from {path}" for path in saver.files()[-1:]]
-    text = "; ".join([str(problem), *go_on])
+    last = (f"RUN_ID={cfg.run_id} RESUME=auto continues from {path}" for path in saver.files()[-1:])
+    text = "; ".join([str(problem), *last])
     with suppress(OSError):
       log(f"failed: {text}", console=False)
     if isinstance(problem, (UserError, OSError)):

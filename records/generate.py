@@ -4,8 +4,8 @@
         [--tokenizer FILE.model] [--tokens 200] [--temperature 0.8] [--top-k 40] [--seed 1]
 
 The artifact says how large the model is; the tokenizer is the one it was trained with, by default TOKENIZER_PATH, else
-the one that logs/RUN_ID/metrics.jsonl names. Temperature 0 always takes the likeliest token. Without --prompt it starts as
-a document does. It is a model of a few MB, trained for minutes: expect the sound of its data, no sense.
+the one that logs/RUN_ID/metrics.jsonl names. Temperature 0 always takes the likeliest token. Without --prompt it starts
+as a document does. It is a model of a few MB, trained for minutes: expect the sound of its data, no sense.
 """
 import os
 import sys
@@ -28,7 +28,7 @@ def find_tokenizer(given: Path | None, artifact: Path) -> Path:
     try:
         return Path(FinishedRun.from_logs(artifact.parent).settings["tokenizer_path"])
     except UserError as error:
-        raise UserError(f"{artifact}: no run beside it that names its tokenizer: give --tokenizer FILE.model") from error
+        raise UserError(f"{artifact}: no run beside it names its tokenizer: give --tokenizer FILE.model") from error
 
 
 @torch.no_grad()
@@ -62,23 +62,24 @@ def run(argv: list[str]) -> int:
     check_range("--tokens", arguments.tokens, 1_000_000)
     check_range("--top-k", arguments.top_k, 1 << 20, 0)
     check_range("--seed", arguments.seed, 2**63 - 1, 0)
-    if not 0 <= arguments.temperature < 1000:
-        raise UserError(f"--temperature {arguments.temperature}: must be from 0 on, below 1000")
+    if arguments.temperature and not 0.001 <= arguments.temperature < 1000:
+        raise UserError(f"--temperature {arguments.temperature}: must be 0, or from 0.001 on, below 1000")
     path = find_tokenizer(arguments.tokenizer, arguments.artifact)
     tokenizer = load_model(path)
     if tokenizer is None:
         raise UserError(f"{path}: no SentencePiece model there: give --tokenizer FILE.model")
     config, weights = decode_artifact(plain(arguments.artifact).read_bytes())
     if tokenizer.vocab_size() != config.vocab_size:
-        raise UserError(f"{path} has {tokenizer.vocab_size()} tokens, the artifact's model {config.vocab_size}: give the"
-                        " tokenizer it was trained with")
+        raise UserError(f"{path} has {tokenizer.vocab_size()} tokens, the artifact's model {config.vocab_size}: give"
+                        " the tokenizer it was trained with")
     model = GPT(config).eval()
     model.load_state_dict(weights)
     start = [tokenizer.bos_id()] if tokenizer.bos_id() >= 0 else [0]
     tokens = start + tokenizer.encode(arguments.prompt)
     print(arguments.prompt, end="", flush=True)
     shown = tokenizer.decode(tokens)
-    for token in continuation(model, tokens[:], arguments.tokens, arguments.temperature, arguments.top_k, arguments.seed):
+    choice = arguments.temperature, arguments.top_k, arguments.seed
+    for token in continuation(model, tokens[:], arguments.tokens, *choice):
         tokens.append(token)
         if token == tokenizer.bos_id():  # the model begins another document
             print("\n\n---\n", flush=True)

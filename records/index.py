@@ -25,8 +25,9 @@ def row(folder: Path) -> str:
         run = json.loads((folder / "submission.json").read_text())
         spread = f" ± {run['val_bpb_std']:.4f}" if run["val_bpb_std"] is not None else ""
         return (f"| {run['date']} | [{run['name']}]({folder.relative_to(RECORDS)}/README.md) | {run['track']} | "
-                f"{run['hardware']} | {run['data']} | {', '.join(map(str, run['seeds']))} | {run['mean_val_bpb']:.4f}{spread} "
-                f"| {run['total_bytes']:,} | {run['train_seconds']:.1f} | {run['eval_seconds']:.1f} |\n")
+                f"{run['hardware']} | {run['data']} | {', '.join(map(str, run['seeds']))} | "
+                f"{run['mean_val_bpb']:.4f}{spread} | {run['total_bytes']:,} | {run['train_seconds']:.1f} | "
+                f"{run['eval_seconds']:.1f} |\n")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}/submission.json: {error!r:.60}: make the folder with records/package.py") from error
 
@@ -40,10 +41,10 @@ def run(argv: list[str]) -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
     check, path = parser.parse_args(argv).check, RECORDS / "README.md"
-    if check and (not path.is_file() or path.read_text() != index()):
+    if check and (not path.is_file() or path.read_text(encoding="utf-8") != index()):
         raise UserError(f"{path}: not what the folders say: run python records/index.py")
     if not check:
-        path.write_text(index())
+        path.write_text(index(), encoding="utf-8")
     return 0
 
 

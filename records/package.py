@@ -3,14 +3,14 @@
     python records/package.py logs/A logs/B logs/C --name "Valid adaptation" --author "A. Person" --github-id aperson
         --baseline-bpb 1.1194 [--data DIR] [--tokenizer FILE.model]
 
-Writes records/TRACK/DATE_Name/, ready to be copied into a pull request: README.md with tables, pictures and the commands
-that reproduce it, submission.json, VALIDITY.md, train_gpt.py, requirements.txt, and of each seed train_seed<S>.log and
-metrics_seed<S>.jsonl; of the first run also artifact_seed<S>.bin, for records/check_validity.py.
+Writes records/TRACK/DATE_Name/, ready to be copied into a pull request: README.md with tables, pictures and the
+commands that reproduce it, submission.json, VALIDITY.md, train_gpt.py, requirements.txt, and of each seed
+train_seed<S>.log and metrics_seed<S>.jsonl; of the first run also artifact_seed<S>.bin, for records/check_validity.py.
 
-Nothing is written if the runs do not belong together, are not complete, contradict themselves, or if an artifact, scored
-again from the folder with its script on the first --chunks chunks, does not give the score of the run. If they are sound
-but break a rule of the record track (bytes, seconds, machine, split, seeds, beating the baseline by 0.005 nats a token at
-p < 0.01) the folder goes to the non-record track, and its README.md says which.
+Nothing is written if the runs do not belong together, are not complete, contradict themselves, or if an artifact,
+scored again from the folder with its script on the first --chunks chunks, does not give the score of the run. If they
+are sound but break a rule of the record track (bytes, seconds, machine, split, seeds, beating the baseline by 0.005
+nats a token at p < 0.01) the folder goes to the non-record track, and its README.md says which.
 
 The test: Student's t, one sample, one-sided. Rejected must be that the seeds' mean val_loss is not lower than the
 baseline's by 0.005 nats a token. A baseline in BPB is converted with this split's bytes per token.
@@ -18,6 +18,7 @@ baseline's by 0.005 nats a token. A baseline in BPB is converted with this split
 import json
 import math
 import re
+import shlex
 import shutil
 import statistics
 import sys
@@ -33,6 +34,7 @@ from runs import (
     RULES,
     FinishedRun,
     UserError,
+    artifact_digest,
     chain_problems,
     find,
     load_script,
@@ -85,22 +87,27 @@ def findings_of(runs: list[FinishedRun], baseline: float | None) -> list[Finding
     first, found = runs[0], []
     others = [run.script for run in runs if run.script.read_bytes() != first.script.read_bytes()]
     found.append(Finding("one script for all seeds", f"{len(others)} of {len(runs)} differ", not others, True))
-    changed = sorted({f"{name.upper()}={first.settings[name]} and {run.settings.get(name)}" for run in runs
-                      for name in first.settings if name not in NOT_THE_RECIPE
-                      and run.settings.get(name) != first.settings[name]})
+    recipes = [{name: value for name, value in run.settings.items() if name not in NOT_THE_RECIPE}
+               | {name: Path(run.settings[name]).name for name in ("data_path", "tokenizer_path")} for run in runs]
+    changed = sorted({f"{name.upper()}={recipes[0].get(name)} and {recipe.get(name)}" for recipe in recipes
+                      for name in recipes[0] | recipe if recipe.get(name) != recipes[0].get(name)})
     found.append(Finding("the same settings but for the seed", ", ".join(changed) or "the same", not changed, True))
     seeds = [run.seed for run in runs]
-    found.append(Finding("another seed for each run", ", ".join(map(str, seeds)), len(set(seeds)) == len(seeds), True))
+    starts = {next(r["sha256"] for r in run.records if r["event"] == "weights") for run in runs}
+    found.append(Finding("another seed for each run, and other weights at its start",
+                         f"seeds {', '.join(map(str, seeds))}, {len(starts)} of {len(runs)} starts differ",
+                         len(set(seeds)) == len(starts) == len(runs), True))
     for run in runs:
         problems = chain_problems(run)
-        found.append(Finding(f"seed {run.seed}: each target scored once, before it is trained on", "; ".join(problems[:3])
-                             or f"{run.result['targets']:,} targets in {len(run.scores):,} chunks", not problems, True))
-        code, artifact = run.script.read_text(), run.last["artifact"]["artifact_bytes"]
-        found.append(Finding(f"seed {run.seed}: train.log begins with the script that ran", "yes" if
-                             run.log.read_text().startswith(code) else "no", run.log.read_text().startswith(code), True))
-        size = run.artifact.stat().st_size if run.artifact.is_file() else None
-        found.append(Finding(f"seed {run.seed}: artifact.bin is the one that was scored", f"{size} bytes, {artifact} logged",
-                             size == artifact, True))
+        found.append(Finding(f"seed {run.seed}: each target scored once, before it is trained on", "; ".join(
+            problems[:3]) or f"{run.result['targets']:,} targets in {len(run.scores):,} chunks", not problems, True))
+        logged = run.log.read_text().startswith(run.script.read_text())
+        found.append(Finding(f"seed {run.seed}: train.log begins with the script that ran", "yes" if logged else "no",
+                             logged, True))
+        digest = artifact_digest(load_script(run.script), run.artifact) if run.artifact.is_file() else "no file"
+        expected = run.scores[0]["weights"] if run.scores else None
+        found.append(Finding(f"seed {run.seed}: artifact.bin is what was scored first", f"weights {digest}, "
+                             f"{expected} in the records", digest == expected, True))
     of_split = [(run.result["targets"], run.result["full_targets"], run.result["bytes"]) for run in runs]
     found.append(Finding("the whole split is scored, by all runs alike", "; ".join(
         f"{t:,} of {n:,} targets, {b:,} bytes" for t, n, b in dict.fromkeys(of_split)),
@@ -118,10 +125,12 @@ def findings_of(runs: list[FinishedRun], baseline: float | None) -> list[Finding
     found.append(Finding(f"evaluated at most {RULES['eval_seconds']} s, compile time included", f"{evaluated:.1f} s",
                          evaluated <= RULES["eval_seconds"]))
     machines = sorted({run.hardware for run in runs})
-    found.append(Finding("on 8xH100 SXM", "; ".join(machines), all(m.startswith("8 x") and "H100" in m for m in machines)))
-    official = first.settings["vocab_size"] != 1024 or of_split[0][0] == RULES["targets"]
-    found.append(Finding(f"FineWeb's split: {RULES['targets']:,} targets with 1,024 tokens, else to be shown",
-                         f"{of_split[0][0]:,} with {first.settings['vocab_size']:,}", official))
+    h100 = machines == ["8 x NVIDIA H100 80GB HBM3"]  # what torch calls an SXM
+    found.append(Finding("on 8xH100 SXM", "; ".join(machines), h100))
+    split = of_split[0][0], first.settings["vocab_size"], first.settings["train_seq_len"]
+    found.append(Finding(f"FineWeb's split: {RULES['targets']:,} targets with 1,024 tokens at length 2,048; another "
+                         "tokenizer's cannot be shown here", "{:,} with {:,} at {:,}".format(*split),
+                         split == (RULES["targets"], 1024, 2048)))
     found.append(Finding(f"{RULES['seeds']} seeds", str(len(runs)), len(runs) >= RULES["seeds"]))
     if baseline is None:
         found.append(Finding("better than a baseline", "none given: --baseline-bpb or --baseline-nats", False))
@@ -136,6 +145,7 @@ def findings_of(runs: list[FinishedRun], baseline: float | None) -> list[Finding
 def score_from(folder: Path, run: FinishedRun, data: Path, tokenizer: Path, chunks: int) -> Finding:
     """Whether the folder's own script gives the run's artifact the run's score, on the first chunks."""
     chunks = min(chunks, len(run.scores))
+    print(f"seed {run.seed}:")
     targets = min(chunks * run.settings["ttt_chunk_tokens"], run.result["targets"])
     packaged = FinishedRun(folder / "train_gpt.py", run.log, run.metrics, run.artifact)
     with tempfile.TemporaryDirectory() as temporary:
@@ -162,8 +172,8 @@ def results_table(runs: list[FinishedRun]) -> str:
     columns = [[run.last[event]["val_bpb"] for run in runs] for event, _ in stages]
     columns.append([run.result["val_loss"] for run in runs])
     if len(runs) > 1:
-        rows.append(["**mean ± std**", "", *(f"{statistics.fmean(c):.4f} ± {statistics.stdev(c):.4f}" for c in columns),
-                     "", "", ""])
+        means = [f"{statistics.fmean(column):.4f} ± {statistics.stdev(column):.4f}" for column in columns]
+        rows.append(["**mean ± std**", "", *means, "", "", ""])
     return table(["seed", "steps", *(f"{title}, BPB" for _, title in stages), "val_loss, nats", "bytes", "training, s",
                   "evaluation, s"], rows)
 
@@ -171,19 +181,27 @@ def results_table(runs: list[FinishedRun]) -> str:
 def commands(run: FinishedRun) -> str:
     """How to make the runs again, in this folder."""
     defaults = vars(load_script(run.script).Config())
-    settled = {"device", "compute_dtype", "attention", "compile", "micro_batch_tokens"}  # by the machine, and logged
-    settings = {name: value for name, value in run.settings.items()
-                if value != defaults[name] and name not in NOT_THE_RECIPE | settled}
-    text = " ".join(f"{name.upper()}={int(value) if isinstance(value, bool) else value}" for name, value in settings.items())
+    settled = {"device", "compute_dtype", "compile", "micro_batch_tokens"}  # if not set, by the machine: logged alike
+
+    def text(*names: str) -> str:
+        return " ".join(f"{name.upper()}={shlex.quote(str(int(value) if isinstance(value, bool) else value))}"
+                        for name in names for value in [run.settings[name]])
+
+    paths = "DATA_PATH=... TOKENIZER_PATH=... "  # the reader's own
+    changed = [name for name, value in run.settings.items()
+               if value != defaults[name] and name not in NOT_THE_RECIPE | settled]
+    replay = f"TTT_MAX_CHUNKS={run.last['adapt_stop']['chunk']} EVAL_MAX_SECONDS=0 " if "adapt_stop" in run.last else ""
     ranks = run.last["start"]["world_size"]
     launch = "python" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks}"
     lines = ["pip install -r requirements.txt  # or a torch from 2.9 to 2.13 of your own",
-             f"export {text}" if text else "# all settings are the defaults", f"SEED={run.seed} {launch} train_gpt.py",
-             f"SEED={run.seed} ARTIFACT=artifact_seed{run.seed}.bin {launch} train_gpt.py  # only evaluate"]
+             f"# chosen by the machine, or set: {text(*sorted(settled))}",
+             f"export {paths}{text(*changed)}".rstrip(), f"SEED={run.seed} {launch} train_gpt.py",
+             f"{replay}SEED={run.seed} ARTIFACT=artifact_seed{run.seed}.bin {launch} train_gpt.py  # only evaluate"]
     return "```\n" + "\n".join(lines) + "\n```\n"
 
 
-def readme(name: str, runs: list[FinishedRun], found: list[Finding], pictures: list[str], track: str, hardware: str) -> str:
+def readme(name: str, runs: list[FinishedRun], found: list[Finding], pictures: list[str], track: str,
+           hardware: str) -> str:
     first, start = runs[0], runs[0].last["start"]
     bpbs = [run.result["val_bpb"] for run in runs]
     spread = f" ± {statistics.stdev(bpbs):.4f} (standard deviation of {len(bpbs)} seeds)" if len(bpbs) > 1 else ""
@@ -193,13 +211,15 @@ def readme(name: str, runs: list[FinishedRun], found: list[Finding], pictures: l
     rules = table(["rule", "found", "kept"], [[f.rule, f.found, "yes" if f.holds else "**no**"] for f in found])
     shown = "\n".join(f'<img src="figures/{picture}" width="50%" alt="{PICTURES[picture]}">\n\n{PICTURES[picture]}\n'
                       for picture in pictures)
+    how = ("Adaptation scores each chunk first and trains on it afterwards;" if first.result["chunks_adapted"] else
+           "Nothing is adapted during the evaluation;")
     versions = ", ".join(f"{module} {version}" for module, version in start["versions"].items() if version)
     return f"""# {name}
 
 **{statistics.fmean(bpbs):.4f} BPB**{spread}, {track}, on {hardware}. {why}
 
 {results_table(runs)}
-Adaptation scores each chunk first and trains on it afterwards; VALIDITY.md has the record of every chunk, and
+{how} VALIDITY.md has the record of every chunk, and
 
 ```
 python records/check_validity.py FOLDER --data DATA_PATH
@@ -210,14 +230,14 @@ of the repository that train_gpt.py is from scores the artifact again and looks 
 ## Rules
 
 {rules}
-The test is Student's t, one sample, one-sided: rejected is that the seeds' mean val_loss is not lower than the baseline's
-by {RULES['nats']} nats a token.
+The test is Student's t, one sample, one-sided: rejected is that the seeds' mean val_loss is not lower than the
+baseline's by {RULES['nats']} nats a token.
 
 ## Again
 
 {commands(first)}
-{versions}. The seeds differ in nothing but SEED. The settings are those that are not train_gpt.py's defaults; each
-train_seed<S>.log begins with the script, then has versions, machine and all settings, then the run.
+{versions}. The seeds differ in nothing but SEED. The exported settings are those that are not train_gpt.py's defaults;
+each train_seed<S>.log begins with the script, then has versions, machine and all settings, then the run.
 
 ## Pictures
 
@@ -229,9 +249,9 @@ def validity(runs: list[FinishedRun]) -> str:
     text = ["# Validity: score first, then adapt\n",
             "Made from metrics_seed<S>.jsonl by records/package.py, checked by records/check_validity.py. Targets are "
             "numbered in the order of the split, target p is token p + 1; ranges end before their second number. A "
-            "chunk's weights are a 64-bit digest of their bit patterns, taken on the device before it is scored: the same "
-            "as the chunk's before it if nothing was trained on in between, another otherwise. After the last chunk there "
-            "is no training.\n"]
+            "chunk's weights are a 64-bit digest of their bit patterns, taken on the device before it is scored: the "
+            "same as the chunk's before it if nothing was trained on in between, another otherwise. After the last "
+            "chunk there is no training.\n"]
     for run in runs:
         told = {record["when"]: record["sha256"] for record in run.records if record["event"] == "weights"}
         trained = {record["chunk"]: record for record in run.records if record["event"] == "adapt"}
@@ -264,7 +284,8 @@ def submission(runs: list[FinishedRun], name: str, author: str, github_id: str, 
         return dict(val_loss=run.result["val_loss"], val_bpb=run.result["val_bpb"], steps=run.last["swa"]["step"],
                     artifact_bytes=run.artifact.stat().st_size, total_bytes=total_bytes(run),
                     train_seconds=run.train_seconds, eval_seconds=run.result["eval_seconds"],
-                    chunks_adapted=run.result["chunks_adapted"], targets=run.result["targets"], bytes=run.result["bytes"])
+                    chunks_adapted=run.result["chunks_adapted"], targets=run.result["targets"],
+                    bytes=run.result["bytes"])
 
     losses, bpbs = ([run.result[key] for run in runs] for key in ("val_loss", "val_bpb"))
     return dict(
@@ -287,7 +308,14 @@ def package(folders: list[Path], name: str, author: str, github_id: str, baselin
     for run, folder in zip(runs, folders):
         if not run.trained:
             raise UserError(f"{folder}: only evaluated an artifact: give the run that trained it")
-    first, date = runs[0], json.loads((folders[-1] / "submission.json").read_text())["date"]
+    try:
+        first, date = runs[0], json.loads((folders[-1] / "submission.json").read_text())["date"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folders[-1]}/submission.json: {error!r:.60}: finish the run with RESUME=auto") from error
+    slug = re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")
+    targets = [out / track / f"{date}_{slug}" for track in (RECORD, NON_RECORD)]
+    if there := [str(target) for target in targets if target.exists()]:
+        raise UserError(f"{there[0]}: there already: give another --name, or remove it")
     found = findings_of(runs, baseline_nats(baseline_bpb, baseline, first))
     sound = all(finding.holds for finding in found if finding.sound)
     with tempfile.TemporaryDirectory(dir=out, prefix=".package_") as temporary:
@@ -300,7 +328,8 @@ def package(folders: list[Path], name: str, author: str, github_id: str, baselin
             for run in runs:
                 found.append(score_from(folder, run, data, tokenizer, chunks))
         for finding in found:
-            print(f"  {'ok  ' if finding.holds else 'FAIL' if finding.sound else 'no  '}  {finding.rule}: {finding.found}")
+            mark = "ok  " if finding.holds else "FAIL" if finding.sound else "no  "
+            print(f"  {mark}  {finding.rule}: {finding.found}")
         if not all(finding.holds for finding in found if finding.sound):
             print("nothing is written: the lines marked FAIL")
             return None
@@ -312,13 +341,11 @@ def package(folders: list[Path], name: str, author: str, github_id: str, baselin
         shutil.copy(REPOSITORY / "requirements.txt", folder / "requirements.txt")
         pictures = plot.save_all(runs, folder / "figures")
         hardware = first.hardware + f" ({machine})" * bool(machine)
-        (folder / "README.md").write_text(readme(name, runs, found, pictures, track, hardware))
-        (folder / "VALIDITY.md").write_text(validity(runs))
+        (folder / "README.md").write_text(encoding="utf-8", data=readme(name, runs, found, pictures, track, hardware))
+        (folder / "VALIDITY.md").write_text(validity(runs), encoding="utf-8")
         result = submission(runs, name, author, github_id, track, date, hardware)
         (folder / "submission.json").write_text(json.dumps(result, indent=2) + "\n")
-        target = out / track / f"{date}_{re.sub(r'[^A-Za-z0-9]+', '_', name).strip('_')}"
-        if target.exists():
-            raise UserError(f"{target}: there already: give another --name, or remove it")
+        target = targets[track == NON_RECORD]
         target.parent.mkdir(exist_ok=True)
         folder.rename(target)
     print(f"{target}" + ("" if track == RECORD else ": not in the record track, for the lines marked no"))
@@ -341,8 +368,8 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=REPOSITORY / "records", help="default: this folder")
     given = parser.parse_args(argv)
     check_range("--chunks", given.chunks, 1 << 20)
-    if not re.search(r"[A-Za-z0-9]", given.name):
-        raise UserError(f"--name {given.name!r}: has no letter or digit to call a folder after")
+    if not re.search(r"[A-Za-z0-9]", given.name) or re.search(r"[|\[\]\n<>]", given.name + given.machine):
+        raise UserError(f"--name {given.name!r} --machine {given.machine!r}: need a letter or digit, none of |[]<>")
     if not given.out.is_dir():
         raise UserError(f"--out {given.out}: no such folder")
     target = package(given.runs, given.name, given.author, given.github_id, given.baseline_bpb, given.baseline_nats,

@@ -9,7 +9,6 @@
 Runs are told apart by seed. records/package.py puts them into a submission. Where a run left nothing to show (no second
 pass without adaptation, for example) the picture shows the rest.
 """
-import math
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -27,10 +26,11 @@ from dataset_files import ArgumentParser, run_tool  # noqa: E402
 # Okabe and Ito's colours, which most kinds of colour blindness tell apart; lines differ in style too.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 STYLES = ["-", "--", ":", "-."]
-READABLE_AT_HALF_WIDTH = {"font.size": 15, "lines.linewidth": 2.2, "figure.dpi": 100, "axes.grid": True, "grid.alpha": 0.3,
-                          "legend.fontsize": 13, "svg.hashsalt": "", "axes.spines.top": False, "axes.spines.right": False}
+READABLE_AT_HALF_WIDTH = {"font.size": 15, "lines.linewidth": 2.2, "figure.dpi": 100, "axes.grid": True,
+                          "grid.alpha": 0.3, "legend.fontsize": 13, "axes.spines.top": False,
+                          "axes.spines.right": False}
 STAGES = [("val", "after training"), ("swa", "after averaging"), ("final_quantized_exact", "int5/int6, window"),
-          ("final_ttt_exact", "with adaptation")]
+          ("final_ttt_exact", "submitted")]
 
 
 def style(index: int) -> dict:
@@ -81,8 +81,9 @@ def plot_running(runs: list[FinishedRun]) -> plt.Figure:
     for index, run in enumerate(runs):
         adapted = run.scores
         plain = [r for r in run.records if r["event"] == "score" and not r.get("submitted")]
+        plain = plain if len(plain) == len(adapted) else []  # ended in the middle
         targets = np.array([r["end"] for r in adapted]) / 1e6
-        above.plot(targets, [r["running_bpb"] for r in adapted], **style(index), label=f"with adaptation, seed {run.seed}")
+        above.plot(targets, [r["running_bpb"] for r in adapted], **style(index), label=f"adapting, seed {run.seed}")
         if plain:
             without = np.array([r["running_bpb"] for r in plain])
             above.plot(targets, without, color=style(index)["color"], linewidth=0.9, label="without")
@@ -101,9 +102,10 @@ def bits_by_group(run: FinishedRun) -> dict[str, float]:
     _, stored, values = script.unpack_artifact(run.artifact.read_bytes())
     bits, weights = defaultdict(float), defaultdict(int)
     for name, tensor in stored.items():
-        group = ("MLP" if ".mlp." in name else "attention" if ".attn." in name and name in values else
-                 "token table" if name.startswith("tok_emb") else "bigram" if name.startswith("bigram") and name in values
-                 else "scales, gates")
+        group = "scales, gates"
+        if name in values:
+            group = ("MLP" if ".mlp." in name else "attention" if ".attn." in name else
+                     "token table" if name.startswith("tok_emb") else "bigram")
         bits[group] += 16 * tensor.numel()
         weights[group] += values[name].numel() if name in values else tensor.numel()
         if name in values:
@@ -130,14 +132,13 @@ def plot_bits(runs: list[FinishedRun]) -> plt.Figure | None:
     return figure
 
 
-def plot_position(runs: list[FinishedRun]) -> plt.Figure | None:
+def plot_position(runs: list[FinishedRun]) -> plt.Figure:
     figure, axis = plt.subplots(figsize=(9, 5))
     for index, run in enumerate(runs):
         means, length = run.last["swa"]["by_position"], run.settings["train_seq_len"]
-        edges = [min(2**i - 1, length) for i in range(len(means) + 1)]
-        middles = [math.sqrt((first + 1) * end) for first, end in zip(edges, edges[1:])]
-        axis.semilogx(middles, means, marker="o", base=2, **style(index), label=f"seed {run.seed}")
-    axis.set_xlabel("tokens of context, those read included")
+        middles = (np.arange(len(means)) + 0.5) * length / len(means)
+        axis.plot(middles, means, marker="o", **style(index), label=f"seed {run.seed}")
+    axis.set_xlabel("position in the sequence")
     axis.set_ylabel("nats a token")
     axis.legend()
     return figure

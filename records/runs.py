@@ -21,9 +21,11 @@ from dataset_files import UserError, shard_header, shard_paths  # noqa: E402
 
 # What may differ between the seeds of one submission, and between a run and its check.
 NOT_THE_RECIPE = {"seed", "run_id", "val_nll_path", "resume", "checkpoint_every_seconds", "checkpoint_every_steps",
-                  "preflight_only"}
+                  "preflight_only", "data_path", "tokenizer_path"}
 RULES = dict(total_bytes=16_000_000, train_seconds=600, eval_seconds=600, lines=1500, seeds=3, nats=0.005, p=0.01,
              targets=62_021_632)  # targets: of FineWeb's validation split with 1024 tokens at length 2048
+LAUNCHER = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "RESUME", "PREFLIGHT_ONLY",
+            "TORCHELASTIC_MAX_RESTARTS"}  # of a pod's environment, not for a process of its own
 BPB_TOLERANCE = 1e-3  # of a score made again on another device or another number of ranks
 
 
@@ -42,7 +44,7 @@ class FinishedRun:
             self.result = self.last["final_ttt_exact"]
             self.seed = int(self.result["seed"])
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{metrics}: not of a run that has finished ({error!r:.60}): RESUME=auto ends it") from error
+            raise UserError(f"{metrics}: no finished run ({error!r:.60}): finish it with RESUME=auto") from error
 
     @classmethod
     def from_logs(cls, folder: Path) -> "FinishedRun":
@@ -54,9 +56,10 @@ class FinishedRun:
         metrics = sorted(record.glob("metrics_seed*.jsonl"))
         if not metrics:
             raise UserError(f"{record}: no metrics_seed*.jsonl there: give a folder that records/package.py made")
+        metrics.sort(key=lambda path: (len(path.name), path.name))  # 7 before 42
         seeds = [path.stem.removeprefix("metrics_seed") for path in metrics]
-        return [cls(record / "train_gpt.py", record / f"train_seed{seed}.log", path, record / f"artifact_seed{seed}.bin")
-                for seed, path in zip(seeds, metrics)]
+        return [cls(record / "train_gpt.py", record / f"train_seed{seed}.log", path,
+                    record / f"artifact_seed{seed}.bin") for seed, path in zip(seeds, metrics)]
 
     @property
     def scores(self) -> list[dict]:
@@ -74,8 +77,10 @@ class FinishedRun:
 
     @property
     def hardware(self) -> str:
-        start = self.last["start"]
-        return f"{start['world_size']} x {start['hardware']}"
+        """All machines that had a part in it: a run can be resumed on another."""
+        parts = [f"{record['world_size']} x {record['hardware']}" for record in self.records
+                 if record["event"] == "start"]
+        return ", then ".join(dict.fromkeys(parts))
 
 
 def chain_problems(run: FinishedRun) -> list[str]:
@@ -91,11 +96,11 @@ def chain_problems(run: FinishedRun) -> list[str]:
             if record["first"] != end:
                 problems.append(f"chunk {chunk} scores from target {record['first']}, those before end at {end}")
             if weights is not None and (record["weights"] != weights) != changed:
-                problems.append(f"chunk {chunk} is scored by {'the same' if changed else 'other'} weights as the one before"
-                                f", which {'was' if changed else 'was not'} trained on")
+                problems.append(f"chunk {chunk} is scored by {'the same' if changed else 'other'} weights as the one "
+                                f"before, which {'was' if changed else 'was not'} trained on")
             end, weights, changed = record["end"], record["weights"], False
         elif record["event"] == "adapt":
-            adapted, changed = adapted + 1, True
+            adapted, changed = adapted + 1, record["lr"] > 0
             if not 0 <= record["first"] < record["end"] <= end:
                 problems.append(f"targets {record['first']} to {record['end']} are trained on when {end} are scored")
             if end >= run.result["targets"]:
@@ -104,13 +109,23 @@ def chain_problems(run: FinishedRun) -> list[str]:
     if not scores:
         return ["no records of chunks scored"]
     bits = result["val_loss"] * result["targets"] / math.log(2)
-    for name, told, found in (("targets", result["targets"], end), ("chunks adapted on", result["chunks_adapted"], adapted)):
+    for name, told, found in (("targets", result["targets"], end),
+                              ("chunks adapted on", result["chunks_adapted"], adapted)):
         if told != found:
             problems.append(f"{told} {name} in the result, {found} in the records of the chunks")
-    for name, bpb in (("the last chunk's", scores[-1]["running_bpb"]), ("loss, targets and bytes give", bits / result["bytes"])):
+    for name, bpb in (("the last chunk's", scores[-1]["running_bpb"]),
+                      ("loss, targets and bytes give", bits / result["bytes"])):
         if not math.isclose(bpb, result["val_bpb"], rel_tol=1e-9):
             problems.append(f"val_bpb {result['val_bpb']}, {name} {bpb}")
     return problems
+
+
+def artifact_digest(script: ModuleType, artifact: Path) -> str:
+    """The digest that the first chunk is scored with if this artifact is. Raises UserError if it is none."""
+    config, weights = script.decode_artifact(artifact.read_bytes())
+    model = script.GPT(config)
+    model.load_state_dict(weights)
+    return script.digest(model)
 
 
 def load_script(path: Path) -> ModuleType:
@@ -132,24 +147,27 @@ def find(path: str, option: str, given: Path | None) -> Path:
 
 def score_again(run: FinishedRun, artifact: Path, data: Path, tokenizer: Path, folder: Path, targets: int,
                 **settings) -> tuple[dict, np.ndarray]:
-    """Runs the run's script on its artifact in `folder`, over the first `targets` targets of the split: what it reports,
-    and nats fp32 [targets]. The settings are the run's, but for these and those of another machine; on GPUs with
-    DETERMINISTIC=1."""
+    """Runs the run's script on its artifact in `folder`, over the first `targets` targets of the split: what it
+    reports, and nats fp32 [targets]. The settings are the run's, but for these and those of another machine; on GPUs
+    with DETERMINISTIC=1."""
     import torch
 
     again = {name: value for name, value in run.settings.items() if name not in NOT_THE_RECIPE}
     again |= dict(artifact=artifact, data_path=data, tokenizer_path=tokenizer, max_val_tokens=targets, eval_plain=False,
-                  eval_max_seconds=0.0, run_id="again", val_nll_path=folder / "nats.npy", seed=run.seed)
+                  eval_max_seconds=0.0, run_id="again", val_nll_path=folder / "nats.npy", seed=run.seed,
+                  checkpoint_every_seconds=0.0, checkpoint_every_steps=0)
     if "adapt_stop" in run.last:
         again["ttt_max_chunks"] = run.last["adapt_stop"]["chunk"]
-    if again["device"] == "cuda" and torch.cuda.is_available():
-        again["deterministic"] = True
+    if again["device"] == "cuda" and torch.cuda.is_available():  # nothing is chosen by its speed, which varies
+        again |= dict(deterministic=True, attention="flash" if again["attention"] == "auto" else again["attention"])
     elif again["device"] == "cuda":
-        again |= dict(device="cpu", compute_dtype="auto", attention="auto", compile="auto", micro_batch_tokens=0)
-    names = {name.upper(): str(int(value)) if isinstance(value, bool) else str(value) for name, value in (again | settings).items()}
+        again |= dict(device="cpu", attention="products", compile="auto", micro_batch_tokens=0)
+    names = {name.upper(): str(int(value)) if isinstance(value, bool) else str(value)
+             for name, value in (again | settings).items()}
+    print(f"  ... scoring {targets:,} targets with {run.script}", flush=True)
     (folder / "nats.npy").unlink(missing_ok=True)
     done = subprocess.run([sys.executable, str(run.script.resolve())], cwd=folder, capture_output=True, text=True,
-                          env={name: value for name, value in os.environ.items() if name != "RESUME"} | names)
+                          env={name: value for name, value in os.environ.items() if name not in LAUNCHER} | names)
     if done.returncode:
         raise UserError(f"{run.script} does not score {artifact} again: {(done.stderr or done.stdout).strip()[-300:]}")
     result = json.loads((folder / "logs/again/submission.json").read_text())

@@ -1,8 +1,9 @@
 """From finished runs to a submission: what is packaged, what is refused, what the validity check finds.
 
-The runs are real, of the script as it is or of copies that cheat in one way each; only hardware is told otherwise, where
-the record track needs 8xH100.
+The runs are real, of the script as it is or of copies that cheat; only hardware is told otherwise, where the record
+track needs 8xH100.
 """
+import io
 import json
 import math
 import shutil
@@ -19,12 +20,14 @@ import package
 import plot
 import pytest
 import runs
+import sentencepiece as spm
 import torch
 from conftest import REPOSITORY, TINY, environment
 
 import train_gpt
 
-SHORT = TINY | dict(EVAL_PLAIN=1, TTT_LR=0.05, TRAIN_LOG_EVERY=2, MAX_VAL_TOKENS=0)  # it must matter whether a chunk was trained on
+# The whole split, and a learning rate with which it matters whether a chunk was trained on.
+SHORT = TINY | dict(EVAL_PLAIN=1, TTT_LR=0.05, TRAIN_LOG_EVERY=2, MAX_VAL_TOKENS=0)
 SEEDS = 1, 2, 3
 
 
@@ -60,8 +63,8 @@ def change_records(folder: Path, change) -> None:
 
 def packaged(folders: list[Path], out: Path, *more: str) -> tuple[int, list[Path]]:
     out.mkdir(exist_ok=True)
-    status = package.main([*map(str, folders), "--name", "A test!", "--author", "Nobody", "--github-id", "nobody", "--out",
-                           str(out), *more])
+    status = package.main([*map(str, folders), "--name", "A test!", "--author", "Nobody", "--github-id", "nobody",
+                           "--out", str(out), *more])
     return status, [path for path in out.glob("*/*")]
 
 
@@ -93,7 +96,7 @@ def test_the_folder_is_complete_and_says_what_it_is(record, finished):
     assert told["total_bytes"] == max(score["total_bytes"] for score in scores)
     assert (told["author"], told["github_id"], told["track"]) == ("Nobody", "nobody", "non_record_16mb")
     readme = (record / "README.md").read_text()
-    assert "on 8xH100 SXM: 1 x " in readme and readme.count("| **no** |") == 1
+    assert "on 8xH100 SXM: 1 x " in readme and readme.count("| **no** |") == 2  # nor is it FineWeb
     assert "SEED=1 python train_gpt.py" in readme and "TTT_LR=0.05" in readme
     for picture in ("training", "stages", "running", "bits", "position"):
         assert f"figures/{picture}.png" in readme and (record / f"figures/{picture}.png").stat().st_size > 10_000
@@ -114,16 +117,20 @@ def test_validity_tells_every_chunk_of_every_seed(record, finished):
 @pytest.fixture
 def not_scored_again(monkeypatch):
     """It takes seconds, and other tests see to it."""
-    monkeypatch.setattr(package, "score_from", lambda *arguments: package.Finding("scored again", "elsewhere", True, True))
+    monkeypatch.setattr(package, "score_from", lambda *arguments: package.Finding("scored again", "-", True, True))
 
 
-def test_the_record_track_is_for_runs_that_keep_every_rule(finished, tmp_path, not_scored_again):
+def test_the_record_track_is_for_runs_that_keep_every_rule(finished, tmp_path, monkeypatch,
+                                                                not_scored_again):
     folders = copies(finished, tmp_path)
     for folder in folders:
-        def on_h100(record):
-            eight = dict(world_size=8, hardware="NVIDIA H100 80GB HBM3")
-            return record | eight if record["event"] == "start" else record
-        change_records(folder, on_h100)
+        def official(record):
+            if record["event"] != "start":
+                return record
+            settings = record["settings"] | dict(vocab_size=1024, train_seq_len=2048)
+            return record | dict(world_size=8, hardware="NVIDIA H100 80GB HBM3", settings=settings)
+        change_records(folder, official)
+    monkeypatch.setitem(runs.RULES, "targets", runs.FinishedRun.from_logs(folders[0]).result["targets"])
     status, (target,) = packaged(folders, tmp_path / "out", "--baseline-bpb", "9")
     assert status == 0 and target.parent.name == "track_10min_16mb"
     assert "**no**" not in (target / "README.md").read_text()
@@ -134,6 +141,11 @@ def test_the_record_track_is_for_runs_that_keep_every_rule(finished, tmp_path, n
     status, (target,) = packaged(folders[:2], tmp_path / "two", "--baseline-bpb", "9")
     assert status == 0 and target.parent.name == "track_non_record_16mb"
     assert "3 seeds: 2" in (target / "README.md").read_text()
+    # One of them finished on another machine.
+    change_records(folders[2], lambda r: r | (dict(hardware="NVIDIA H200") if r["event"] == "start" else {}))
+    status, (target,) = packaged(folders, tmp_path / "mixed", "--baseline-bpb", "9")
+    assert status == 0 and "8 x NVIDIA H200" in (target / "README.md").read_text()
+    assert target.parent.name == "track_non_record_16mb"
 
 
 def slow(record):
@@ -154,7 +166,8 @@ def test_a_limit_that_does_not_hold_is_named_and_keeps_a_run_out_of_the_record_t
 
 
 def spoil_settings(folder):
-    change_records(folder, lambda r: r | dict(settings=r["settings"] | dict(matrix_lr=0.5)) if r["event"] == "start" else r)
+    change_records(folder, lambda r: r | (
+        dict(settings=r["settings"] | dict(matrix_lr=0.5)) if r["event"] == "start" else {}))
 
 
 def spoil_script(folder):
@@ -166,13 +179,21 @@ def spoil_artifact(folder):
     shutil.copy(folder.parent / "seed2/artifact.bin", folder / "artifact.bin")
 
 
+def spoil_seed(folder):
+    """The first seed's run under another seed's number."""
+    shutil.rmtree(folder)
+    shutil.copytree(folder.parent / "seed1", folder)
+    change_records(folder, lambda r: r | (dict(seed=3) if "seed" in r else {}))
+
+
 def spoil_prefix(folder):
     change_records(folder, lambda r: r | dict(full_targets=10**6) if r["event"] == "final_ttt_exact" else r)
 
 
 @pytest.mark.parametrize("spoil, says", [
     (spoil_settings, "FAIL  the same settings but for the seed: MATRIX_LR=0.02 and 0.5"),
-    (spoil_script, "FAIL  one script for all seeds"), (spoil_artifact, "FAIL  seed 3: artifact.bin is the one"),
+    (spoil_script, "FAIL  one script for all seeds"), (spoil_artifact, "FAIL  seed 3: artifact.bin is what was scored first"),
+    (spoil_seed, "FAIL  another seed for each run, and other weights at its start: seeds 1, 2, 3, 2 of 3"),
     (spoil_prefix, "FAIL  the whole split is scored"),
 ])
 def test_runs_that_are_not_sound_are_packaged_nowhere(finished, tmp_path, capsys, spoil, says):
@@ -198,7 +219,7 @@ def test_a_run_that_has_not_finished_is_one_line(finished, tmp_path, capsys):
     status, written = packaged(folders, tmp_path / "out")
     error = capsys.readouterr().err
     assert status == 1 and not written and error.startswith("error: ") and error.count("\n") == 1
-    assert "RESUME=auto ends it" in error
+    assert "finish it with RESUME=auto" in error
 
 
 def test_p_value_is_students():
@@ -266,7 +287,8 @@ def test_the_digest_depends_on_every_bit_and_place(dataset):
     assert train_gpt.digest(model) == digests[0] and len(digests[0]) == 16
     with torch.no_grad():
         for change in (lambda: weight[3, 5].mul_(1 + 2**-23), lambda: weight[0].copy_(weight[0].flip(0)),
-                       lambda: model.bigram.scale.neg_(), lambda: weight[1, 1].fill_(0.0), lambda: weight[1, 1].fill_(-0.0)):
+                       lambda: model.bigram.scale.neg_(), lambda: weight[1, 1].fill_(0.0),
+                       lambda: weight[1, 1].fill_(-0.0)):
             change()
             digests.append(train_gpt.digest(model))
     assert len(set(digests)) == len(digests)
@@ -285,6 +307,8 @@ def as_record(run: Path, folder: Path) -> Path:
     shutil.copy(run / "train_gpt.py", folder)
     for name, end in (("train", "log"), ("metrics", "jsonl"), ("artifact", "bin")):
         shutil.copy(run / f"{name}.{end}", folder / f"{name}_seed1337.{end}")
+    told = package.submission([runs.FinishedRun.from_logs(run)], "", "", "", "", "", "")
+    (folder / "submission.json").write_text(json.dumps(told))
     return folder
 
 
@@ -339,6 +363,50 @@ def test_a_script_that_cheats_is_found(dataset, tmp_path, capsys, cheats, says):
     assert set(says) <= set(failed), failed
 
 
+def better(told):
+    return told | dict(val_bpb=told["val_bpb"] - 0.01)
+
+
+def smaller(told):
+    return told | dict(total_bytes=told["total_bytes"] - 1000)
+
+
+@pytest.mark.parametrize("change, says", [(better, "FAIL  submission.json"), (smaller, "FAIL  submission.json")])
+def test_figures_that_the_records_do_not_have_are_found(record, tmp_path, monkeypatch, capsys, change, says):
+    monkeypatch.setattr(check_validity, "check_artifact", lambda *arguments: None)  # elsewhere
+    folder = Path(shutil.copytree(record, tmp_path / "copy"))
+    assert check(folder) == 0
+    told = json.loads((folder / "submission.json").read_text())
+    (folder / "submission.json").write_text(json.dumps(change(told)))
+    assert check(folder) == 1 and says in capsys.readouterr().out
+
+
+def test_a_part_of_the_split_is_not_the_split(record, dataset, tmp_path, monkeypatch, capsys):
+    """The data has a sequence more than the records of the run say."""
+    monkeypatch.setattr(check_validity, "check_artifact", lambda *arguments: None)
+    tokens = runs.read_validation(Path(dataset["DATA_PATH"]))
+    longer = check_validity.data_set(tmp_path / "longer", np.append(tokens, tokens[1:33]))
+    assert check(record, "--data", str(longer)) == 1
+    assert "the split has 2,848 of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(add_dummy_prefix=False), dict(add_dummy_prefix=False, remove_extra_whitespaces=False),
+    dict(remove_extra_whitespaces=False), dict(treat_whitespace_as_suffix=True), dict(text="Привет, мир. " * 40)])
+def test_bytes_of_other_tokenizers(tmp_path, options):
+    """Both ways to count agree, whatever a tokenizer does with spaces, and without a letter of ASCII."""
+    text = options.pop("text", "A text,  with two spaces. Another one 12 é日. ") * 5
+    model = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(text.split(". ")), model_writer=model, vocab_size=300, model_type="bpe",
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=2, **options)
+    tokenizer = spm.SentencePieceProcessor(model_proto=model.getvalue())
+    tokens = [token for part in text.split(". ") for token in (tokenizer.bos_id(), *tokenizer.encode(part + " ß"))]
+    tokens = np.array(tokens, np.uint16)
+    for part in (tokens, tokens[1:], tokens[3:]):
+        assert check_validity.text_bytes(tokenizer, part) == train_gpt.TokenBytes(tokenizer).count(part).sum()
+
+
 def test_bytes_are_those_of_the_text(dataset, val_tokens):
     tokenizer = train_gpt.load_tokenizer(train_gpt.Config.from_env({k: str(v) for k, v in (TINY | dataset).items()}))
     counted = train_gpt.TokenBytes(tokenizer)
@@ -352,7 +420,8 @@ def test_bytes_are_those_of_the_text(dataset, val_tokens):
 
 def test_pictures_of_one_run_without_a_second_pass(finished, tmp_path):
     (folder,) = copies(finished[:1], tmp_path)
-    change_records(folder, lambda r: None if r["event"] == "final_quantized_exact" or r.get("submitted") is False else r)
+    change_records(folder, lambda r: None if r["event"] == "final_quantized_exact"
+                   or r.get("submitted") is False else r)
     assert plot.main([str(folder)]) == 0
     assert {path.name for path in (folder / "figures").iterdir()} == {
         "training.png", "stages.png", "running.png", "bits.png", "position.png"}
@@ -362,7 +431,7 @@ def test_bits_of_a_group_are_those_of_its_values(finished):
     run = runs.FinishedRun.from_logs(finished[0])
     bits = plot.bits_by_group(run)
     assert set(bits) == {"MLP", "attention", "token table", "bigram", "scales, gates"}
-    assert bits["scales, gates"] == 16 and 3 < bits["MLP"] < 5.6 < bits["attention"] < 7  # 5 and 6 bits, and steps of 16
+    assert bits["scales, gates"] == 16 and 3 < bits["MLP"] < 5.6 < bits["attention"] < 7  # 5 and 6 bits, and steps
     config, stored, values = train_gpt.unpack_artifact(run.artifact.read_bytes())
     table = values["tok_emb.weight"].numpy().ravel()
     share = np.bincount(table - table.min()) / len(table)
