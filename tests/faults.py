@@ -15,7 +15,8 @@ import train_gpt  # noqa: E402
 
 PLACES = dict(
     step=(train_gpt, "train_step"), write=(os, "fsync"), gradients=(train_gpt.FlatGradients, "reduce_and_clip"),
-    read=(train_gpt.TokenStream, "read"), quantize=(train_gpt, "quantize"), score=(train_gpt.Evaluator, "score"), adapt=(train_gpt.Evaluator, "adapt"),
+    read=(train_gpt.TokenStream, "read"), quantize=(train_gpt, "quantize"),
+    score=(train_gpt.Evaluator, "score"), adapt=(train_gpt.Evaluator, "adapt"),
 )
 
 
@@ -42,7 +43,7 @@ def spoil(gradients, *args) -> None:
 
 ACTIONS = dict(
     kill=send(signal.SIGKILL), term=send(signal.SIGTERM), int=send(signal.SIGINT), stop=send(signal.SIGSTOP),
-    hang=lambda *args: time.sleep(1e6), fail=fail, fill=fill, spoil=spoil,
+    hang=lambda *args: time.sleep(1e6), pause=lambda *args: time.sleep(40), fail=fail, fill=fill, spoil=spoil,
     vanish=lambda *args: first_shard().unlink(), cut=lambda *args: os.truncate(first_shard(), 2000),
 )
 

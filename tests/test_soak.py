@@ -128,6 +128,15 @@ def test_a_rank_that_hangs_where_nothing_is_expected_ends_the_job_within_a_minut
     assert not processes_of(mark)
 
 
+@pytest.mark.parametrize("fault", ["write 4 pause 0", "write 11 pause 0", "write 14 pause 0"])
+def test_a_slow_disk_ends_nobody(dataset, tmp_path, fault):
+    """In training, after it, in the evaluation: 40 s, longer than ranks wait for each other."""
+    whole = run_with(tmp_path, dataset | dict(RUN_ID="whole"), ranks=2)
+    slow = run_with(tmp_path, dataset, fault, ranks=2)
+    assert slow.code == 0, slow.output
+    assert outcome(slow.folder) == outcome(whole.folder)
+
+
 def test_restarts_resume_again_and_again(dataset, tmp_path):
     """Gloo once read the addresses of the dead: 8 restarts in a row, and all of them must find each other."""
     for attempt in range(8):
