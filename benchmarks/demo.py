@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 import train_gpt  # noqa: E402
 
-# All 11 layers and every technique, small dimensions. Found by short runs on this corpus, see README.md, "Results".
+# All 11 layers and every technique, small dimensions. Found by short runs on this corpus.
 DEMO = dict(
     DATA_PATH="data/datasets/pydocs_sp1024", TOKENIZER_PATH="data/tokenizers/pydocs_1024_bpe.model", EVAL_PLAIN=1,
     MODEL_DIM=96, NUM_HEADS=2, NUM_KV_HEADS=1, BIGRAM_VOCAB_SIZE=131072, BIGRAM_DIM=32,

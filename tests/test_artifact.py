@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import train_gpt
 from train_gpt import UserError, decode_artifact, encode_artifact, quantize, unpack_artifact
 
-MUTATIONS = int(os.environ.get("MUTATIONS", 1000))  # of artifacts; MUTATIONS=10000 for README.md's figure
+MUTATIONS = int(os.environ.get("MUTATIONS", 400))  # of artifacts; MUTATIONS=10000 for README.md's figure
 
 
 @pytest.fixture(scope="module")

@@ -152,7 +152,7 @@ def test_each_graph_is_compiled_once_in_the_warm_up(mode, graphs, dataset, tmp_p
     """Fixed sizes all differ here, so that no graph can stand in for another. Losses and scores are those of eager."""
     (tmp_path / "train_gpt_counting.py").write_text(COUNTING)
     sizes = dict(TRAIN_BATCH_TOKENS=192, MICRO_BATCH_TOKENS=96, VAL_BATCH_SIZE=160, EVAL_BATCH_SEQS=7,
-                 TTT_CHUNK_TOKENS=64, ITERATIONS=6, VAL_LOSS_EVERY=3, MAX_VAL_TOKENS=320, EVAL_PLAIN=1)
+                 TTT_CHUNK_TOKENS=64, ITERATIONS=6, VAL_LOSS_EVERY=3, MAX_VAL_TOKENS=320, EVAL_PLAIN=1, NUM_LAYERS=2)
     settings = TINY | dataset | sizes | dict(TORCHINDUCTOR_CACHE_DIR=cache, PYTHONPATH=str(REPOSITORY))
     eager = run_process(tmp_path, settings | dict(RUN_ID="eager"))
     compiled = run_process(tmp_path, settings | dict(RUN_ID="compiled", COMPILE=mode),
