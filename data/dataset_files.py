@@ -83,7 +83,8 @@ def run_tool(tool: Callable[[], int]) -> int:
         problem = "interrupted"
     except concurrent.futures.BrokenExecutor:
         problem = "a worker process was killed, most likely for want of memory: run again with fewer --workers"
-    print("error: " + problem.replace("\n", " "), file=sys.stderr)
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in problem.replace("\n", " "))
+    print(f"error: {shown}", file=sys.stderr)  # a stranger's file names may hold what commands a terminal
     return 1
 
 
