@@ -711,9 +711,9 @@ class Checkpoints:
     every_s, every, stop, patience = cfg.checkpoint_every_seconds, cfg.checkpoint_every_steps, dist.stop, dist.patience
     if waits := stop or final or due(count, every):  # for the disk
       dist.expect(600)
-      self.writing.result()
     late = self.writing.done() and 0 < every_s <= start - self.saved
     if (stop or late or waits and every_s + every) and self.phase and self.log.folder:
+      self.writing.result()
       self.saved = start
       self.state[0] = torch.get_rng_state()
       parts = [t.to("cpu", copy=True).flatten().view(torch.uint8).numpy() for t in self.state]

@@ -262,10 +262,11 @@ def fill(folder: Path, leave: int) -> Path:
     return ballast
 
 
-def test_a_full_disk_is_an_error_and_the_checkpoint_before_it_is_whole(uninterrupted, dataset, small_disk):
+@pytest.mark.parametrize("every", [dict(), dict(CHECKPOINT_EVERY_STEPS=0, CHECKPOINT_EVERY_SECONDS=0.001)])
+def test_a_full_disk_is_an_error_and_the_checkpoint_before_it_is_whole(uninterrupted, dataset, small_disk, every):
     # The check before the run wants room for three checkpoints; here something else fills the disk during the run.
     size = max(p.stat().st_size for p in (uninterrupted.folder / "checkpoints").iterdir())
-    settings = dataset | dict(MAX_ARTIFACT_BYTES=200_000)
+    settings = dataset | dict(MAX_ARTIFACT_BYTES=200_000) | every
     full = run_with(small_disk, settings, "step 15 fill")
     assert full.code == 1 and "No space left on device" in full.output.splitlines()[-1], full.output
     assert "RESUME=auto continues from logs/run/checkpoints/1_train" in full.output.splitlines()[-1]
