@@ -94,7 +94,8 @@ def run_once(settings: dict[str, str], seed: int, key: str, arm: str) -> dict:
             last[record["event"]] = record
         return dict(key=key, arm=arm, seed=seed, settings=settings_of(arm), shared=shared_settings(),
                     machine=timing.machine(), val_bpb=score["val_bpb"], after_training=last["val"]["val_bpb"],
-                    after_swa=last["swa"]["val_bpb"], steps=score["steps"], train_seconds=score["train_seconds"], artifact_bytes=score["artifact_bytes"])
+                    after_swa=last["swa"]["val_bpb"],
+                    **{name: score[name] for name in ("steps", "train_seconds", "artifact_bytes")})
 
 
 def interval(differences: list[float]) -> tuple[float, float]:

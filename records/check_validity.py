@@ -41,7 +41,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 from dataset_files import ArgumentParser, check_range, load_model, run_tool  # noqa: E402
 from verify import Report  # noqa: E402
 
-
 SPACE = "\u2581"  # SentencePiece's
 PROBABILITY_TOLERANCE = 1e-3  # bf16 rounds a sequence alike in whichever row of a batch it is; this is for others
 

@@ -105,7 +105,7 @@ def findings_of(runs: list[FinishedRun], baseline: float | None) -> list[Finding
         found.append(Finding(f"seed {run.seed}: train.log begins with the script that ran", "yes" if logged else "no",
                              logged, True))
         digest = artifact_digest(load_script(run.script), run.artifact) if run.artifact.is_file() else "no file"
-        expected = run.scores[0]["weights"] if run.scores else None
+        expected = run.scores[0]["weights"]
         found.append(Finding(f"seed {run.seed}: artifact.bin is what was scored first", f"weights {digest}, "
                              f"{expected} in the records", digest == expected, True))
     of_split = [(run.result["targets"], run.result["full_targets"], run.result["bytes"]) for run in runs]

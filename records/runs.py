@@ -43,8 +43,10 @@ class FinishedRun:
             self.settings = self.last["start"]["settings"]
             self.result = self.last["final_ttt_exact"]
             self.seed = int(self.result["seed"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{metrics}: no finished run ({error!r:.60}): finish it with RESUME=auto") from error
+            self.scores[0]["weights"], self.last["weights"]["sha256"]  # older scripts left neither
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise UserError(f"{metrics}: no finished run of this script ({error!r:.60}): finish it with RESUME=auto,"
+                            " or run it again") from error
 
     @classmethod
     def from_logs(cls, folder: Path) -> "FinishedRun":
@@ -53,10 +55,9 @@ class FinishedRun:
     @classmethod
     def all_of(cls, record: Path) -> list["FinishedRun"]:
         """The runs of a packaged folder, by seed. Raises UserError if there are none."""
-        metrics = sorted(record.glob("metrics_seed*.jsonl"))
+        metrics = sorted(record.glob("metrics_seed*.jsonl"), key=lambda path: (len(path.name), path.name))  # 7, 42
         if not metrics:
             raise UserError(f"{record}: no metrics_seed*.jsonl there: give a folder that records/package.py made")
-        metrics.sort(key=lambda path: (len(path.name), path.name))  # 7 before 42
         seeds = [path.stem.removeprefix("metrics_seed") for path in metrics]
         return [cls(record / "train_gpt.py", record / f"train_seed{seed}.log", path,
                     record / f"artifact_seed{seed}.bin") for seed, path in zip(seeds, metrics)]
@@ -106,8 +107,6 @@ def chain_problems(run: FinishedRun) -> list[str]:
             if end >= run.result["targets"]:
                 problems.append(f"trained on {record['first']} to {record['end']} after the last target was scored")
     result, scores = run.result, run.scores
-    if not scores:
-        return ["no records of chunks scored"]
     bits = result["val_loss"] * result["targets"] / math.log(2)
     for name, told, found in (("targets", result["targets"], end),
                               ("chunks adapted on", result["chunks_adapted"], adapted)):

@@ -1,4 +1,4 @@
-"""benchmarks/ablate.py: pairs of runs of the real script, in an order that is fair, going on where they were stopped."""
+"""benchmarks/ablate.py: pairs of runs of the real script, in a fair order, going on where they were stopped."""
 import json
 import math
 import os

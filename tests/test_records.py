@@ -192,7 +192,8 @@ def spoil_prefix(folder):
 
 @pytest.mark.parametrize("spoil, says", [
     (spoil_settings, "FAIL  the same settings but for the seed: MATRIX_LR=0.02 and 0.5"),
-    (spoil_script, "FAIL  one script for all seeds"), (spoil_artifact, "FAIL  seed 3: artifact.bin is what was scored first"),
+    (spoil_script, "FAIL  one script for all seeds"),
+    (spoil_artifact, "FAIL  seed 3: artifact.bin is what was scored first"),
     (spoil_seed, "FAIL  another seed for each run, and other weights at its start: seeds 1, 2, 3, 2 of 3"),
     (spoil_prefix, "FAIL  the whole split is scored"),
 ])
@@ -220,6 +221,15 @@ def test_a_run_that_has_not_finished_is_one_line(finished, tmp_path, capsys):
     error = capsys.readouterr().err
     assert status == 1 and not written and error.startswith("error: ") and error.count("\n") == 1
     assert "finish it with RESUME=auto" in error
+
+
+def test_a_run_of_an_older_script_is_one_line(finished, tmp_path, capsys):
+    """Without digests nothing shows what a chunk was scored with."""
+    folders = copies(finished, tmp_path)
+    change_records(folders[1], lambda r: {name: value for name, value in r.items() if name != "weights"})
+    status, written = packaged(folders, tmp_path / "out")
+    error = capsys.readouterr().err
+    assert status == 1 and not written and "no finished run" in error and error.count("\n") == 1
 
 
 def test_p_value_is_students():
