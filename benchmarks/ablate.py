@@ -2,9 +2,11 @@
 
     python benchmarks/ablate.py "" QK_GAIN_INIT=4 "MATRIX_LR=0.025 SCALAR_LR=0.025" --seeds 1 2 3 --results FILE.jsonl
     MAX_WALLCLOCK_SECONDS=300 python benchmarks/ablate.py ...       settings of all arms, from the environment
+    python benchmarks/ablate.py @benchmarks/pr264.env "" --jobs 2   @FILE: the settings in it; two runs at once
 
 Each argument is an arm; the first is what the others are compared with. Arms of one seed are run one after the other in
-random order before the next seed's, so that a machine that slows down or warms up does so for all of them. A run is
+random order before the next seed's, so that a machine that slows down or warms up does so for all of them; with --jobs
+some of them at once, on equal shares of the CPU's cores (not on a GPU). A run is
 written to --results as it ends, with its settings, script and machine: the same command goes on where it was stopped,
 and another with more arms or seeds adds to it. The figure is the submitted score (artifact from disk, sliding window,
 adaptation if on). Shown are the differences to the first arm in the same seed: their mean and its 95 % confidence
@@ -14,6 +16,7 @@ full size.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import hashlib
 import json
 import math
@@ -24,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import timing
@@ -42,7 +46,12 @@ ELSEWHERE = {"data_path", "tokenizer_path", "run_id", "val_nll_path", "resume", 
 
 def settings_of(arm: str) -> dict[str, str]:
     """An arm's own settings. Raises SystemExit for what is none."""
-    parts = arm.split()
+    parts = []
+    for part in arm.split():
+        try:
+            parts += Path(part[1:]).read_text().split() if part.startswith("@") else [part]
+        except OSError as error:
+            raise SystemExit(f"error: {part}: {error.strerror}: @FILE is a file of NAME=value settings") from error
     if bad := [part for part in parts if "=" not in part]:
         raise SystemExit(f"error: {' '.join(bad)}: an arm is NAME=value settings, separated by spaces")
     return dict(part.split("=", 1) for part in parts)
@@ -76,11 +85,13 @@ def read_results(path: Path) -> list[dict]:
     return runs
 
 
-def run_once(settings: dict[str, str], seed: int, key: str, arm: str) -> dict:
-    """Runs the script; what it scored and took. Raises SystemExit if it fails."""
+def run_once(settings: dict[str, str], seed: int, key: str, arm: str, jobs: int = 1) -> dict:
+    """Runs the script, on its share of the cores; what it scored and took. Raises SystemExit if it fails."""
     with tempfile.TemporaryDirectory(prefix="ablate_") as folder:
         shutil.copy(REPOSITORY / "train_gpt.py", folder)
         env = os.environ | settings | dict(SEED=str(seed), RUN_ID=key, VAL_NLL_PATH="", CHECKPOINT_EVERY_SECONDS="0")
+        if jobs > 1:
+            env["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // jobs))
         for name in ("DATA_PATH", "TOKENIZER_PATH"):
             env[name] = os.path.abspath(env.get(name, getattr(train_gpt.Config, name.lower())))
         done = subprocess.run([sys.executable, "train_gpt.py"], cwd=folder, env=env, capture_output=True, text=True)
@@ -93,7 +104,7 @@ def run_once(settings: dict[str, str], seed: int, key: str, arm: str) -> dict:
             record = json.loads(line)
             last[record["event"]] = record
         return dict(key=key, arm=arm, seed=seed, settings=settings_of(arm), shared=shared_settings(),
-                    machine=timing.machine(), val_bpb=score["val_bpb"], after_training=last["val"]["val_bpb"],
+                    machine=timing.machine(), jobs=jobs, val_bpb=score["val_bpb"], after_training=last["val"]["val_bpb"],
                     after_swa=last["swa"]["val_bpb"],
                     **{name: score[name] for name in ("steps", "train_seconds", "artifact_bytes")})
 
@@ -130,6 +141,7 @@ def main() -> None:
     parser.add_argument("arms", nargs="+", help="NAME=value settings; the first is compared with")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 2, 3])
     parser.add_argument("--results", type=Path, required=True, help="a file of JSON lines, added to")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--order", type=int, default=0, help="seed of the order")
     args = parser.parse_args()
     script = (REPOSITORY / "train_gpt.py").read_bytes()
@@ -138,15 +150,22 @@ def main() -> None:
             for seed in args.seeds for arm in arms}
     done = {run["key"]: run for run in read_results(args.results)}
     order = random.Random(args.order)
+    writing = threading.Lock()
+
+    def run(arm: str, seed: int) -> None:
+        key = keys[arm, seed]
+        print(f"seed {seed}: {arm or '(as it is)'}", flush=True)
+        result = run_once(shared_settings() | settings_of(arm), seed, key, arm, args.jobs)
+        with writing, open(args.results, "a+b") as file:
+            done[key] = result
+            cut = file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n"
+            file.write(b"\n" * cut + json.dumps(result).encode() + b"\n")
+
     for seed in args.seeds:
-        for arm in order.sample(arms, len(arms)):
-            key = keys[arm, seed]
-            if key not in done:
-                print(f"seed {seed}: {arm or '(as it is)'}", flush=True)
-                done[key] = run_once(shared_settings() | settings_of(arm), seed, key, arm)
-                with open(args.results, "a+b") as file:
-                    cut = file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n"
-                    file.write(b"\n" * cut + json.dumps(done[key]).encode() + b"\n")
+        left = {keys[arm, seed]: arm for arm in order.sample(arms, len(arms)) if keys[arm, seed] not in done}
+        with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+            for ended in [pool.submit(run, arm, seed) for arm in left.values()]:
+                ended.result()
         print_table(arms, {pair: done[key] for pair, key in keys.items() if key in done}, args.seeds)
 
 

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import sys
+import threading
 
 import ablate
 import pytest
@@ -17,7 +18,7 @@ def settings(dataset, monkeypatch):
 
 def fake(calls: list, stop_after: int = 99):
     """run_once without the run; a better score for the larger learning rate, by another step in each seed."""
-    def run(settings, seed, key, arm):
+    def run(settings, seed, key, arm, jobs=1):
         if len(calls) == stop_after:
             raise KeyboardInterrupt
         calls.append((arm, seed))
@@ -56,6 +57,25 @@ def test_the_order_in_a_seed_is_random(settings, monkeypatch, tmp_path):
     orders = {seed: [arm for arm, other in calls if other == seed] for seed in (1, 2, 3)}
     assert all(sorted(order) == arms for order in orders.values())
     assert orders[1] != orders[2] and arms not in orders.values()
+
+
+def test_runs_at_once_share_the_cores_and_a_seed_ends_before_the_next(settings, monkeypatch, tmp_path):
+    calls, together, file = [], threading.Barrier(2, timeout=60), tmp_path / "results.jsonl"
+
+    def run(settings, seed, key, arm, jobs):
+        together.wait()  # for good, were they not run at once
+        return fake(calls)(settings, seed, key, arm, jobs)
+
+    monkeypatch.setattr(ablate, "run_once", run)
+    main(monkeypatch, "", "MATRIX_LR=0.5", "--seeds", "1", "2", "--results", str(file), "--jobs", "2")
+    assert [seed for _, seed in calls] == [1, 1, 2, 2] and len(file.read_text().splitlines()) == 4
+
+
+def test_settings_come_from_files(tmp_path):
+    (tmp_path / "some.env").write_text("MATRIX_LR=0.5\nSWA_EVERY=3\n")
+    assert ablate.settings_of(f"SEED=1 @{tmp_path}/some.env") == dict(SEED="1", MATRIX_LR="0.5", SWA_EVERY="3")
+    with pytest.raises(SystemExit, match="error: @nowhere.env: No such file"):
+        ablate.settings_of("@nowhere.env")
 
 
 def test_a_run_is_the_same_if_settings_seed_and_script_are(settings):
