@@ -19,6 +19,7 @@ import sysconfig
 import timeit
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -37,7 +38,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # ---- Settings
-# Parsed strictly: a typo would cost eight GPUs twenty minutes.
+# Strict: a typo would cost eight GPUs twenty minutes.
 
 class UserError(ValueError):
   """What the user can fix: the thing, its value, the remedy."""
@@ -309,15 +310,15 @@ class TokenStream:
 
   def read(self, start, count):
     """Tokens [start, start + count), uint16; the first follows the last."""
-    parts = []
-    while count > 0:
+    parts, end = [], start + count
+    while start < end:
       position = start % self.num_tokens
       index = np.searchsorted(self.starts, position, "right") - 1
       shard = self.shards[index]
       changed = os.path.getsize(shard.filename) != shard.offset + shard.nbytes
       refuse(changed, f"{shard.filename} has changed: put it back")  # reading beyond its end kills
-      parts.append(shard[position - self.starts[index] :][:count])
-      start, count = start + len(parts[-1]), count - len(parts[-1])
+      parts.append(shard[position - self.starts[index] :][: end - start])
+      start += len(parts[-1])
     return check_ids(np.hstack(parts), self.config.vocab_size, self.folder)
 
   def micro_batches(self, step, dist):
@@ -347,15 +348,14 @@ class TokenBytes:
     return self.base[target] + (self.leading_space[target] & ~self.control[tokens[:-1]])
 
 def load_tokenizer(cfg):
-  """Refuses what is damaged or of another size."""
   try:
     data = plain(cfg.tokenizer_path).open("rb").read(1 << 24)
     tokenizer = spm.SentencePieceProcessor(model_proto=data)
-    size, expected = tokenizer.vocab_size(), cfg.vocab_size
+    size = tokenizer.vocab_size()
     tokenizer.id_to_piece(list(range(size)))  # all UTF-8?
   except (RuntimeError, OSError, ValueError) as error:
     raise UserError(f"TOKENIZER_PATH={cfg.tokenizer_path}: no SentencePiece model: {GET_DATA}") from error
-  refuse(size != expected, f"{cfg.tokenizer_path} has {size} tokens, VOCAB_SIZE={expected}: make them equal")
+  refuse(size != cfg.vocab_size, f"{cfg.tokenizer_path} has {size} tokens, VOCAB_SIZE={cfg.vocab_size}: make equal")
   return tokenizer
 
 # ---- Model
@@ -652,7 +652,7 @@ def muon_momentum(step, elapsed_s, cfg):
 CHECKPOINT_MAGIC = b"PGOLFCKP\x01"
 
 def due(step, every):
-  return every > 0 and step % every == 0
+  return every and step % every == 0
 
 def state_of(model, opts, *more):
   """All that a run goes on from, changed in place only; fp64 first, for alignment."""
@@ -698,7 +698,7 @@ class Checkpoints:
       data = self.dist.from_master(lambda: torch.tensor(self.data))
       try:
         for tensor, piece in zip(state, data.split([t.nbytes for t in state])):
-          tensor.copy_(piece.view(tensor.dtype).view(tensor.shape))
+          tensor.copy_(piece.view(tensor.dtype).view_as(tensor))
         torch.set_rng_state(state[0])
         clock = torch.cat([t.flatten() for t in state if t.dtype == torch.float64])
         refuse(not ((0 <= clock) & (clock < 2**31)).all() or clock[0] % 1, "an impossible clock")
@@ -760,7 +760,7 @@ class Run:
 
   def weights_sha256(self, when):
     """Logs and returns it, the same on all ranks."""
-    weights = b"".join(p.detach().cpu().numpy().tobytes() for p in self.model.parameters())
+    weights = b"".join(p.detach().cpu().numpy() for p in self.model.parameters())
     found = [sha256(weights).hexdigest()] * self.dist.world_size
     if len(found) > 1:
       self.dist.meet(comm.all_gather_object, found, found[0])
@@ -830,7 +830,7 @@ def train(run, stream, opts, validate):
 
 def warm_up(run, stream, opts, scorer):
   """Compiles all that will run, without validation tokens; restores weights and state bit for bit."""
-  cfg, saved = run.config, {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+  cfg, saved = run.config, deepcopy(run.model.state_dict())
   if stream:
     for step in range(cfg.warmup_steps):
       train_step(run, list(stream.micro_batches(step, run.dist)), opts, 1.0, cfg.muon_momentum_warmup_start)
@@ -931,7 +931,7 @@ def quantize(matrix, steps, bits, moment=None):
   values = values.view(-1, *steps.shape)[:, best, rows][order.argsort()].T.contiguous()
   return values, steps[best, rows].half() * values.any(1)
 
-def encode_artifact(state_dict, cfg, *, moments={}, limit=None, dist=Dist()):
+def encode_artifact(state_dict, cfg, *, moments={}, limit=inf, dist=Dist()):
   """Fp32 weights' artifact, shorter than limit if possible; ranks share the work, all get it."""
   tensors, rows = {}, {}  # rows, by matrix: step that just reaches the largest weight, cost of an error, bits
   for name, _, bits in tensor_table(cfg):
@@ -963,7 +963,7 @@ def encode_artifact(state_dict, cfg, *, moments={}, limit=None, dist=Dist()):
 def largest_below(limit, make):
   """make(0) if shorter than limit, else the longest make(price) that is, to FIT_SLACK if possible, or the shortest."""
   low, high, best = 0, 200 * 1024, make(0)
-  if limit is None or len(best) < limit:
+  if len(best) < limit:
     return best
   best = make(high)
   while high - low > 1 and limit - len(best) > FIT_SLACK:
@@ -977,8 +977,8 @@ def largest_below(limit, make):
 def symbol_frequencies(symbols):
   """uint16 symbols [n], 256 * class + byte -> counts by class, scaled to sum SLOTS: uint16 [64, 256]."""
   counts = np.bincount(symbols, minlength=64 * 256).reshape(64, 256)
-  total, spare = counts.sum(1, keepdims=True), SLOTS - (counts > 0).sum(1, keepdims=True)
-  scaled = (counts > 0) + counts * spare // np.maximum(total, 1)
+  total, spare = counts.sum(1).clip(1), SLOTS - (counts > 0).sum(1)
+  scaled = (counts > 0) + counts * spare[:, None] // total[:, None]
   scaled[np.arange(64), counts.argmax(1)] += SLOTS - scaled.sum(1)
   return scaled.astype("<u2")
 
@@ -989,13 +989,13 @@ def entropy_encode(symbols, freqs):
   lanes, freq = max(1, min(1024, len(symbols) // 2048)), freqs.ravel().astype("<u8")
   below = (freq.cumsum() - freq) % SLOTS
   states, words = np.full(lanes, 2**16, "<u8"), [np.empty(0, "<u2")]
-  for start in reversed(range(0, len(symbols), lanes)):
+  for start in range(0, len(symbols), lanes)[::-1]:
     symbol = symbols[start : start + lanes]
     state, share = states[: len(symbol)], freq[symbol]
     full = state >= share * (2**32 // SLOTS)
     words.append(state[full].astype("<u2"))
-    state = np.where(full, state >> 16, state)
-    states[: len(symbol)] = state // share * SLOTS + state % share + below[symbol]
+    state[full] >>= 16
+    state[:] = state // share * SLOTS + state % share + below[symbol]
   return states.astype("<u4"), np.hstack(words[::-1])
 
 def entropy_decode(classes, freqs, states, words):
@@ -1005,18 +1005,17 @@ def entropy_decode(classes, freqs, states, words):
   freq = freqs.ravel().astype("<u4")
   symbol = np.repeat(np.arange(64 * 256, dtype="<u2"), freq)
   rest = (np.arange(len(symbol)) - (freq.cumsum() - freq)[symbol]).astype("<u4")
-  first_slot = classes.astype("<u4") * SLOTS
-  decoded, states, used = np.empty(len(classes), np.uint8), states.copy(), 0
-  for start in range(0, len(decoded), len(states)):
-    state = states[: len(decoded) - start]
-    slot = state % SLOTS + first_slot[start : start + len(state)]
-    decoded[start : start + len(state)] = found = symbol[slot]
-    state[:] = freq[found] * (state // SLOTS) + rest[slot]
+  slots, states, used = classes.astype("<u4") * SLOTS, states.copy(), 0
+  for start in range(0, len(slots), len(states)):
+    slot = slots[start : start + len(states)]
+    state = states[: len(slot)]
+    slot += state % SLOTS
+    state[:] = freq[symbol[slot]] * (state // SLOTS) + rest[slot]
     low = np.flatnonzero(state < 2**16)
     state[low] = state[low] << 16 | words[used : used + len(low)]  # if too few: see below
     used += len(low)
   refuse(used != len(words) or (states != 2**16).any(), "values do not come out even")
-  return decoded
+  return symbol[slots].astype(np.uint8)
 
 def pack_artifact(cfg, stored, values):
   """values: int8 matrices; stored: fp16, a matrix's steps by row, or another tensor."""
@@ -1026,7 +1025,7 @@ def pack_artifact(cfg, stored, values):
   widths = np.hstack([np.full(*value.shape) for value in values.values()])
   # Rows with root mean squares within a quarter octave are a class with its frequencies; 0: zeros, not coded.
   power = np.add.reduceat(np.square(flat, dtype="<i4"), np.cumsum(widths) - widths) / widths
-  classes = np.clip(np.round(2 * np.log2(np.maximum(power, 1e-9))) + 32, power > 0, 63).astype(np.uint8)
+  classes = np.clip(np.round(2 * np.log2(power.clip(1e-9))) + 32, power > 0, 63).astype(np.uint8)
   of_values = np.repeat(classes, widths)
   symbols = (of_values.astype("<u2") << 8 | flat.view(np.uint8))[of_values > 0]
   freqs = symbol_frequencies(symbols)
@@ -1037,9 +1036,9 @@ def pack_artifact(cfg, stored, values):
 
 def unseal(data, magic):
   """What follows magic and checksum, if these are right."""
-  found, checksum = bytes(data[:9]), bytes(data[9:41])
+  found = bytes(data[:9])
   refuse(found != magic, f"begins with {found!r}, not {magic!r}")
-  refuse(sha256(data[41:]).digest() != checksum, f"{len(data)} bytes, fails its checksum: copy it again")
+  refuse(sha256(data[41:]).digest() != bytes(data[9:41]), f"{len(data)} bytes, fails its checksum: copy it again")
   return data[41:]
 
 def unpack_artifact(data):
@@ -1116,8 +1115,8 @@ class Evaluator:
     self.num_targets = min((cfg.max_val_tokens or len(tokens)) // length * length, self.full_targets)
     tokens = tokens[: self.num_targets + 1]
     self.bytes_before = np.pad(token_bytes.count(tokens).cumsum(), (1, 0))  # [N + 1]
-    padded = np.pad(tokens.astype("<i4"), (0, length))  # the last windows read past the end
-    self.tokens = torch.from_numpy(padded).to(self.dist.device)
+    # The last windows read past the end.
+    self.tokens = torch.from_numpy(np.pad(tokens.astype("<i4"), (0, length))).to(self.dist.device)
     self.offsets = torch.arange(length, device=self.dist.device)
     per_row = length * self.dist.world_size  # fixed, so graphs compile once
     self.plain = max(1, min(cfg.val_batch_size // per_row, -(-self.num_targets // per_row))), length
@@ -1168,7 +1167,7 @@ class Evaluator:
     """One SGD step on the mean loss of targets [first, end), all scored already."""
     mine = self.dist.mine(torch.arange(first, end, self.length, device=self.dist.device))
     self.run.grads.flat.zero_()
-    for starts in mine.split(self.adapt_rows) if len(mine) else ():
+    for starts in mine.split(self.adapt_rows):
       positions = F.pad(starts, (0, self.adapt_rows - len(starts)))[:, None] + self.offsets
       nll = self.run.nll(self.run.model, self.tokens_at(positions), self.tokens_at(positions + 1))
       ((nll * (positions < end))[: len(starts)].sum() / (end - first)).backward()
@@ -1197,14 +1196,13 @@ class Evaluator:
     """Scores each chunk, then takes `epochs` SGD steps on it, but not on the last: nats fp32 [N], chunks adapted on.
     Adaptation stops for good when one more and the rest of the scoring would end, as projected without one-off costs,
     later than EVAL_MAX_SECONDS after start."""
-    run, dist, cfg, log, size = self.run, self.dist, self.config, self.run.log, self.config.ttt_chunk_tokens
+    run, dist, cfg, size = self.run, self.dist, self.config, self.config.ttt_chunk_tokens
     chunks = plan_chunks(self.num_targets, self.length, cfg.eval_stride, size)
-    last_of_split = max(1, -(-self.full_targets // size) - 1)  # for prefixes too
-    params, nats = list(run.model.parameters()), np.zeros(self.num_targets, np.float32)
-    sgd = optim.SGD(params, momentum=cfg.ttt_momentum, fused=True)
-    for p in params:
-      sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    seconds = np.zeros((2, len(chunks)))  # scoring, adapting
+    last_of_split = max(1, (self.full_targets - 1) // size)  # for prefixes too
+    sgd = optim.SGD(run.model.parameters(), 0.0, cfg.ttt_momentum, fused=True)
+    run.grads.flat.zero_()
+    sgd.step()  # makes its state
+    nats, seconds = np.zeros(self.num_targets, np.float32), np.zeros((2, len(chunks)))  # scoring, adapting
     clock = np.array([0.0, 0.0, 0.0, epochs > 0])  # chunks, s, nats, whether adapting
     run.checkpoints.begin(phase, state_of(run.model, [sgd], clock, seconds, nats))
     done, self.before_s, total, adapting = clock.tolist()
@@ -1221,12 +1219,12 @@ class Evaluator:
       seconds[0, index] = now - last
       total += nats[begin:end].sum(dtype=float)
       bpb = total / np.log(2) / self.bytes_before[end]
-      log(f"eval_chunk:{index + 1}/{len(chunks)} running_bpb:{bpb:.4f} eval_time:{1000 * now:.0f}ms",
+      run.log(f"eval_chunk:{index + 1}/{len(chunks)} running_bpb:{bpb:.4f} eval_time:{1000 * now:.0f}ms",
         "score", chunk=index, first=begin, end=end, weights=weights, running_bpb=bpb, eval_s=now, submitted=bool(phase))
       adapting, last = adapting and left > 0, now
       projected = now + (seconds[1].max() + left * np.median(seconds[0, : index + 1]) if index > 8 else 0.0)
       if adapting and (index == cfg.ttt_max_chunks or 0 < cfg.eval_max_seconds < projected):
-        log(f"adaptation stops, {projected:.0f} s projected; replay: TTT_MAX_CHUNKS={index} EVAL_MAX_SECONDS=0",
+        run.log(f"adaptation stops, {projected:.0f} s projected; replay: TTT_MAX_CHUNKS={index} EVAL_MAX_SECONDS=0",
           "adapt_stop", chunk=index)
         adapting = False
       if adapting:
@@ -1236,7 +1234,7 @@ class Evaluator:
           self.adapt(first, edge, sgd)
         last = dist.now() - start
         seconds[1, index] = last - now
-        log("", "adapt", chunk=index, first=first, end=edge, lr=lr, seconds=last - now)
+        run.log("", "adapt", chunk=index, first=first, end=edge, lr=lr, seconds=last - now)
       dist.expect(20 + 10 * seconds.max(1).sum())
       clock[:] = index + 1, last, total, adapting
       run.checkpoints.reached(index + 1, final=not left)

@@ -170,7 +170,7 @@ class Comparison:
               f" {loss / self.reference_loss:>5.2f}  {kl:.5f} {kl / self.reference_kl:>5.2f}", flush=True)
         return each
 
-    def one_factor(self, steps: Callable, moments: dict, limit: int | None) -> bytes:
+    def one_factor(self, steps: Callable, moments: dict, limit: float) -> bytes:
         """All steps times one factor, from 1 on: the least with which the artifact is below the limit."""
         config, table = self.run.config, train_gpt.tensor_table(self.run.config)
 
@@ -187,7 +187,7 @@ class Comparison:
 
         return train_gpt.largest_below(limit, make)
 
-    def as_train_gpt(self, moments: dict, limit: int | None, embed_bits: int) -> bytes:
+    def as_train_gpt(self, moments: dict, limit: float, embed_bits: int) -> bytes:
         config = replace(self.run.config, embed_bits=embed_bits)
         return train_gpt.encode_artifact(self.weights, config, moments=moments, limit=limit)
 
@@ -208,7 +208,7 @@ def compare() -> None:
     comparison = Comparison(run, evaluator, weights)
     print(f"{sum(tensor.numel() for tensor in weights.values()):,} parameters, {evaluator.num_targets:,} targets; fp32:"
           f" {comparison.bpb:.5f} BPB; moments of {run.config.gptq_batches} batches: {seconds:.1f} s\n{HEADER}")
-    reference = comparison.one_factor(absmax_steps, {}, None)
+    reference = comparison.one_factor(absmax_steps, {}, math.inf)
     limit = comparison.report("absmax, nearest (the reference)", reference).zstd_bytes
     print(f"-- coded bytes at most the reference's {limit:,}")
     for steps, name in ((absmax_steps, "absmax"), (std_steps, "std"), (searched_steps, "searched")):
@@ -219,7 +219,8 @@ def compare() -> None:
         comparison.report(f"train_gpt.py, EMBED_BITS={embed_bits}", data)
     print("-- no limit")
     for embed_bits in (6, 8, 16):
-        comparison.report(f"train_gpt.py, EMBED_BITS={embed_bits}", comparison.as_train_gpt(fisher, None, embed_bits))
+        data = comparison.as_train_gpt(fisher, math.inf, embed_bits)
+        comparison.report(f"train_gpt.py, EMBED_BITS={embed_bits}", data)
     for share in (0.9, 0.75, 0.6):
         print(f"-- coded bytes at most {share} of the reference's")
         bound = int(share * limit) + 1
