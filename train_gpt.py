@@ -2,7 +2,6 @@
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py  # the record setting: 8xH100, 600 s, FineWeb
     ARTIFACT=logs/RUN_ID/artifact.bin torchrun ...  # evaluate only
-    make demo
 
 Settings: environment variables; results: logs/RUN_ID/. Model and recipe: openai/parameter-golf PR #264's; departures
 say why. Shapes: B sequences, T positions, D model_dim, H query heads, K key/value heads, E head_dim,
@@ -38,7 +37,6 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # ---- Settings
-# Strict: a typo would cost eight GPUs twenty minutes.
 
 class UserError(ValueError):
   """What the user can fix: the thing, its value, the remedy."""
@@ -49,15 +47,15 @@ def refuse(wrong, why=""):
 
 @dataclass(frozen=True)
 class Config:
-  """The record's values; see README.md. 0 turns limits, clipping, GPTQ and checkpoints off."""
+  """The record's values, explained in README.md. 0 turns limits, clipping, GPTQ and checkpoints off."""
   # Data and run
   data_path = "data/datasets/fineweb10B_sp1024"
   tokenizer_path = "data/tokenizers/fineweb_1024_bpe.model"
-  run_id = ""  # in logs/; empty: time and seed
+  run_id = ""
   val_nll_path = ""
-  resume = ""  # auto: RUN_ID's last checkpoint; or a path
+  resume = ""
   checkpoint_every_seconds = 60.0
-  checkpoint_every_steps = 0  # and chunks
+  checkpoint_every_steps = 0
   preflight_only = False
   seed = 1337  # what follows a resumed run must not change
   # Model
@@ -69,42 +67,46 @@ class Config:
   mlp_mult = 3.0
   bigram_vocab_size = 2048
   bigram_dim = 64
-  qk_gain_init = 1.5
+  qk_gain_init = 4.0
   logit_softcap = 30.0
   rope_base = 10000.0
+  relu_slope = 0.5
+  xsa_last_n = 11
   # Training; batches over all ranks
   train_seq_len = 2048  # L
   train_batch_tokens = 786_432
   iterations = 20_000
   max_wallclock_seconds = 600.0
+  shuffle = True
   warmup_steps = 20
   warmdown_iters = 3000
-  val_loss_every = 1000  # 0: at the end
+  val_loss_every = 1000
   val_batch_size = 524_288
   train_log_every = 50
   # Optimiser
   matrix_lr = 0.02
   scalar_lr = 0.02
   tied_embed_lr = 0.03
-  muon_momentum = 0.99
+  muon_momentum = 0.97
   muon_momentum_warmup_start = 0.92
   muon_momentum_warmup_steps = 1500
   muon_backend_steps = 5
+  muon_row_norm = True
   weight_decay = 0.04
   grad_clip_norm = 0.3
   # Averaging
   swa_enabled = True
-  swa_start_frac = 0.5
+  swa_start_frac = 0.2
   swa_every = 50
   # Artifact
-  embed_bits = 6  # 16: fp16
+  embed_bits = 6
   gptq_batches = 16
-  max_artifact_bytes = 16_000_000  # with the script
+  max_artifact_bytes = 16_000_000
   # Evaluation; ttt: test-time training
-  artifact = ""  # only evaluate this
+  artifact = ""
   eval_stride = 64  # S
   eval_batch_seqs = 32
-  max_val_tokens = 0  # 0: all
+  max_val_tokens = 0
   eval_plain = False
   eval_max_seconds = 600.0
   ttt_enabled = True
@@ -113,12 +115,12 @@ class Config:
   ttt_epochs = 3
   ttt_chunk_tokens = 32_768  # C
   ttt_grad_clip = 1.0
-  ttt_max_chunks = -1  # -1: all
+  ttt_max_chunks = -1
   # Machine; auto and 0: see settle
   device = "auto"
   compute_dtype = "auto"
   attention = "auto"
-  compile = "auto"  # 1: one graph, blocks: each block
+  compile = "auto"
   micro_batch_tokens = 0
   deterministic = False
   __annotations__ = {name: type(default) for name, default in vars().items() if name[0] != "_"}  # for dataclass
@@ -171,9 +173,9 @@ ACCEPTED = {int: "a whole number", float: "a number", bool: "0 or 1"}
 DTYPES = dict(bfloat16=torch.bfloat16, float32=torch.float32)
 CHOICES = dict(device="auto cuda cpu", attention="auto fa3 cudnn flash products", compile="auto 0 1 blocks",
   compute_dtype="auto bfloat16 float32", embed_bits="6 8 16")
-MODEL_SETTINGS = """vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult bigram_vocab_size bigram_dim
-  logit_softcap rope_base train_seq_len embed_bits""".split()
-POSITIVE = MODEL_SETTINGS + """train_batch_tokens iterations val_batch_size train_log_every muon_backend_steps
+MODEL_SETTINGS = """relu_slope xsa_last_n vocab_size num_layers model_dim num_heads num_kv_heads mlp_mult
+  bigram_vocab_size bigram_dim logit_softcap rope_base train_seq_len embed_bits""".split()
+POSITIVE = MODEL_SETTINGS[2:] + """train_batch_tokens iterations val_batch_size train_log_every muon_backend_steps
   swa_every max_artifact_bytes eval_stride eval_batch_seqs ttt_chunk_tokens""".split()
 
 def within_edits(a, b, edits):
@@ -240,7 +242,7 @@ class Dist:
   def from_master(self, make):
     box = [make() if self.is_master else None]
     if self.world_size > 1:
-      self.meet(comm.broadcast_object_list, box, device=torch.device("cpu"))
+      self.meet(comm.broadcast_object_list, box)
     return box[0]
 
   def now(self):
@@ -307,6 +309,7 @@ class TokenStream:
     self.num_tokens = int(self.starts[-1])
     refuse(self.num_tokens <= cfg.train_seq_len, f"DATA_PATH={self.folder}: {self.num_tokens} tokens in "
       f"{len(self.shards)} fineweb_{split}_*.bin, less than a sequence: {GET_DATA}")
+    self.order = np.random.default_rng(cfg.seed).permutation(self.num_tokens // cfg.train_seq_len)
 
   def read(self, start, count):
     """Tokens [start, start + count), uint16; the first follows the last."""
@@ -323,14 +326,16 @@ class TokenStream:
 
   def micro_batches(self, step, dist):
     """Inputs and targets, int64 [micro_batch_tokens / L, L], of this rank's share of the step."""
-    length, size = self.config.train_seq_len, self.config.micro_batch_tokens
-    share = self.config.train_batch_tokens // dist.world_size
+    cfg, length = self.config, self.config.train_seq_len
+    share = cfg.train_batch_tokens // length // dist.world_size
     first = (step * dist.world_size + dist.rank) * share
-    for start in range(first, first + share, size):
-      tokens = torch.from_numpy(self.read(start, size + 1)).long()
+    for windows in np.arange(first, first + share).reshape(-1, cfg.micro_batch_tokens // length):
+      if cfg.shuffle:
+        windows = self.order.take(windows, mode="wrap")
+      tokens = torch.from_numpy(np.stack([self.read(w * length, length + 1) for w in windows], dtype=int))
       if dist.on_gpu:
         tokens = tokens.pin_memory().to(dist.device, non_blocking=True)
-      yield tokens[:-1].view(-1, length), tokens[1:].view(-1, length)
+      yield tokens[:, :-1], tokens[:, 1:]
 
 class TokenBytes:
   """Bytes of text: the score does not depend on the tokenizer."""
@@ -394,9 +399,11 @@ class SmearGate(nn.Module):
     return (1 - gate) * x + gate * F.pad(x, (0, 0, 1, -1))  # zeros before position 0
 
 class Attention(nn.Module):
-  """Causal grouped-query attention (arXiv:2305.13245), RoPE (arXiv:2104.09864), normalised q and k, query gain."""
-  def __init__(self, cfg):
+  """Causal grouped-query attention (arXiv:2305.13245), RoPE (arXiv:2104.09864), normalised q and k, query gain; XSA
+  (PR #265): a head's output leaves out what points along the position's own value."""
+  def __init__(self, cfg, layer):
     super().__init__()
+    self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
     self.heads, self.kv_heads, dim = cfg.num_heads, cfg.num_kv_heads, cfg.model_dim
     kv_dim = dim // self.heads * self.kv_heads
     self.c_q, self.c_k, self.c_v, self.proj = (Linear(dim, n, bias=False) for n in (dim, kv_dim, kv_dim, dim))
@@ -408,6 +415,10 @@ class Attention(nn.Module):
     k, v = (c(x).unflatten(-1, (self.kv_heads, -1)) for c in (self.c_k, self.c_v))  # (B, T, K, E)
     q, k = rotate(rms_norm(q), rope_q) * self.q_gain.to(x.dtype), rotate(rms_norm(k), rope)
     y = self.back_end(q, k, v, mask) if at is None else attend_by_products(q, k, v, mask[at][:, None, None])
+    if self.exclusive:
+      own = v if at is None else v.take_along_dim(at[..., None, None], 1)
+      own, y = F.normalize(own, dim=-1)[:, :, :, None], y.unflatten(2, (self.kv_heads, -1))  # (B, S, K, H/K, E)
+      y = y - (y * own).sum(-1, keepdim=True) * own
     return self.proj(y.flatten(2))
 
 def rotate(x, rope):
@@ -476,22 +487,22 @@ def choose_attention(cfg, dist, log):
 compiled = partial(torch.compile, dynamic=False, fullgraph=True)
 
 class MLP(nn.Module):
-  """Squared ReLU (Primer, arXiv:2109.08668)."""
+  """Squared ReLU (Primer, arXiv:2109.08668), leaky as in PR #493."""
   def __init__(self, cfg):
     super().__init__()
-    dim, hidden = cfg.model_dim, int(cfg.mlp_mult * cfg.model_dim)
+    dim, hidden, self.slope = cfg.model_dim, int(cfg.mlp_mult * cfg.model_dim), cfg.relu_slope
     self.fc, self.proj = Linear(dim, hidden, bias=False), Linear(hidden, dim, bias=False)
   def forward(self, x):
-    return self.proj(self.fc(x).relu().square())
+    return self.proj(F.leaky_relu(self.fc(x), self.slope).square())
 
 class Block(nn.Module):
   """Mixes x with x0, adds attention and MLP, scaled by dimension."""
-  def __init__(self, cfg):
+  def __init__(self, cfg, layer):
     super().__init__()
     ones = torch.ones(cfg.model_dim)
-    self.attn, self.mlp = Attention(cfg), MLP(cfg)
+    self.attn, self.mlp = Attention(cfg, layer), MLP(cfg)
     self.attn_scale, self.mlp_scale = nn.Parameter(ones), nn.Parameter(ones.clone())
-    self.resid_mix = nn.Parameter(torch.stack((ones, 0 * ones)))  # of x, x0
+    self.resid_mix = nn.Parameter(torch.stack((ones, 0 * ones)))
   def forward(self, x, x0, rope, mask, at=None):
     """(B, T, D) -> (B, T, D), or (B, S, D) at positions (B, S)."""
     mix = self.resid_mix.to(x.dtype)
@@ -507,7 +518,7 @@ class GPT(nn.Module):
     self.config, self.dtype = cfg, DTYPES.get(cfg.compute_dtype, torch.float32)
     self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim)
     self.bigram, self.smear = BigramHash(cfg), SmearGate(cfg.model_dim)
-    self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
+    self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
     self.skip_weights = nn.Parameter(torch.ones(cfg.num_layers // 2, cfg.model_dim))
     half = cfg.model_dim // cfg.num_heads // 2
     frequency = cfg.rope_base ** (-torch.arange(half) / half)
@@ -580,10 +591,12 @@ def newton_schulz(x, steps):
 
 class Muon(optim.Optimizer):
   """Nesterov momentum, orthogonalised; decoupled weight decay; for matrices only:
-  W <- (1 - lr * weight_decay) * W - lr * sqrt(max(1, rows / cols)) * newton_schulz(g + momentum * buffer)."""
-  def __init__(self, params, lr, momentum, weight_decay=0.0, steps=5, *, dist=Dist(), dtype=torch.float32):
+  W <- (1 - lr * weight_decay) * W - lr * sqrt(max(1, rows / cols)) * newton_schulz(g + momentum * buffer),
+  whose rows are normalised first if row_norm (PR #1260)."""
+  def __init__(self, params, lr, momentum, weight_decay=0.0, steps=5, *, row_norm=False, dist=Dist(),
+    dtype=torch.float32):
     super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps))
-    self.dist, self.dtype = dist, dtype
+    self.row_norm, self.dist, self.dtype = row_norm, dist, dtype
 
   @torch.no_grad()
   def step(self):
@@ -608,7 +621,9 @@ class Muon(optim.Optimizer):
       mine = alike[self.dist.rank * share :][:share]
       part = updates[0].new_zeros(share, rows, cols, dtype=self.dtype)
       if mine:
-        part[: len(mine)] = newton_schulz(torch.stack(mine).to(self.dtype), steps)
+        x = torch.stack(mine)
+        x = F.normalize(x, dim=-1) if self.row_norm else x
+        part[: len(mine)] = newton_schulz(x.to(self.dtype), steps)
       started.append((alike, max(1, rows / cols) ** 0.5, *self.dist.gather(part)))
     for alike, scale, whole, wait in started:
       wait()
@@ -621,8 +636,8 @@ def build_optimizers(model, cfg, dist):
   tables = [model.tok_emb.weight, model.bigram.embed.weight]
   controls = [p for name, p in model.named_parameters() if ".weight" not in name]
   assert sorted(map(id, matrices + tables + controls)) == sorted(map(id, model.parameters()))
-  muon = Muon(matrices, cfg.matrix_lr, cfg.muon_momentum, cfg.weight_decay, cfg.muon_backend_steps, dist=dist,
-    dtype=model.dtype)
+  muon = Muon(matrices, cfg.matrix_lr, cfg.muon_momentum, cfg.weight_decay, cfg.muon_backend_steps,
+    row_norm=cfg.muon_row_norm, dist=dist, dtype=model.dtype)
   groups = [dict(params=tables, lr=cfg.tied_embed_lr), dict(params=controls, lr=cfg.scalar_lr)]
   adamw = optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
   for group in muon.param_groups + adamw.param_groups:
@@ -792,7 +807,7 @@ def train(run, stream, opts, validate):
   limit, average = run.config.max_wallclock_seconds - run.reserve_s, WeightAverage(run.model)
   cfg, dist = replace(run.config, max_wallclock_seconds=limit), run.dist
   clock = np.zeros(13)  # as last read: steps, snapshots, s, s a step at the last 10 readings
-  run.checkpoints.begin("1_train", state_of(run.model, opts, clock, run.grads.skipped, *average.sums))
+  run.checkpoints.begin("1_train", state_of(run.model, opts, clock, run.grads.skipped, *average.means))
   step, average.count, elapsed, pace = int(clock[0]), int(clock[1]), clock[2], clock[3:]
   start = dist.now() - elapsed  # validation moves it
   batch = list(stream.micro_batches(step, dist))
@@ -853,20 +868,20 @@ class WeightAverage:
   """Mean of late weights (SWA, arXiv:1803.05407); in bf16, as in PR #264, it loses more than it gains."""
   def __init__(self, model):
     self.params, self.count = list(model.state_dict().values()), 0
-    self.sums = [torch.zeros_like(p) for p in self.params]
+    self.means = [torch.zeros_like(p) for p in self.params]
 
   def add(self):
-    torch._foreach_add_(self.sums, self.params)
     self.count += 1
+    torch._foreach_lerp_(self.means, self.params, 1 / self.count)
 
   def apply(self):
     if self.count:
-      torch._foreach_copy_(self.params, torch._foreach_div(self.sums, self.count))
+      torch._foreach_copy_(self.params, self.means)
 
 # ---- Artifact
 # Magic, SHA-256 of the rest; size (uint32) and zstd frame of JSON header (size, model settings, tensors), fp16 tensors
 # and steps, classes, frequencies, states; entropy-coded values.
-ARTIFACT_MAGIC = b"PGOLFGPT\x02"
+ARTIFACT_MAGIC = b"PGOLFGPT\x03"
 STEP_CHOICES = 16  # for a row, 0.85 to 1.15 of the first guess
 FIT_SLACK = 10_000  # bytes that may stay unused
 SLOTS = 2**14  # a class's slots go to its bytes by frequency
@@ -899,7 +914,7 @@ def error_moments(run, stream, first_step, seconds=inf):
   return moments if batches and all(power.isfinite().all() for _, power in moments.values()) else {}
 
 def quantize(matrix, steps, bits, moment=None):
-  """Rounds fp32 [rows, cols] to whole numbers of steps, of `bits` with sign: int8, and steps fp16 [rows], 0 for zeros.
+  """Rounds fp32 [rows, cols] to whole numbers of steps, of `bits` with sign: int8, and steps fp16 [rows].
   A row takes that of its steps [choices, rows] with the least error e: e^T e, or e^T moment e, and columns not yet
   rounded make up for the others (GPTQ, arXiv:2210.17323: damped by 1 %, descending diagonal, blocks of 128)."""
   span, order, inverse = 2 ** (bits - 1), torch.arange(matrix.size(1)), None
@@ -929,7 +944,7 @@ def quantize(matrix, steps, bits, moment=None):
     error += errors.square_().sum(0)
   best, rows = error.view_as(steps).argmin(0), torch.arange(len(matrix), device=matrix.device)
   values = values.view(-1, *steps.shape)[:, best, rows][order.argsort()].T.contiguous()
-  return values, steps[best, rows].half() * values.any(1)
+  return values, steps[best, rows].half()
 
 def encode_artifact(state_dict, cfg, *, moments={}, limit=inf, dist=Dist()):
   """Fp32 weights' artifact, shorter than limit if possible; ranks share the work, all get it."""
@@ -1023,11 +1038,10 @@ def pack_artifact(cfg, stored, values):
   header = dumps(dict(config=settings, tensors=tensor_table(cfg))).encode()
   flat = np.hstack([value.cpu().numpy().ravel() for value in values.values()])
   widths = np.hstack([np.full(*value.shape) for value in values.values()])
-  # Rows with root mean squares within a quarter octave are a class with its frequencies; 0: zeros, not coded.
+  # Rows with root mean squares within a quarter octave are a class with its frequencies.
   power = np.add.reduceat(np.square(flat, dtype="<i4"), np.cumsum(widths) - widths) / widths
-  classes = np.clip(np.round(2 * np.log2(power.clip(1e-9))) + 32, power > 0, 63).astype(np.uint8)
-  of_values = np.repeat(classes, widths)
-  symbols = (of_values.astype("<u2") << 8 | flat.view(np.uint8))[of_values > 0]
+  classes = np.clip(np.round(2 * np.log2(power.clip(1e-9))) + 32, 0, 63).astype(np.uint8)
+  symbols = np.repeat(classes.astype("<u2") << 8, widths) | flat.view(np.uint8)
   freqs = symbol_frequencies(symbols)
   states, words = entropy_encode(symbols, freqs)
   body = b"".join((sized(header), *(tensor.cpu().numpy() for tensor in stored.values()), classes, freqs, states))
@@ -1066,9 +1080,8 @@ def unpack_artifact(data):
     widths = np.hstack([np.full(*shape) for shape in matrices.values()])
     classes = np.frombuffer(body, np.uint8, len(widths), offset := offset + stored.nbytes)
     freqs = np.frombuffer(body, "<u2", 64 * 256, offset := offset + classes.nbytes).reshape(64, 256)
-    states, of_values = np.frombuffer(body, "<u4", -1, offset + freqs.nbytes), np.repeat(classes, widths)
-    flat, coded = np.zeros_like(of_values), of_values > 0
-    flat[coded] = entropy_decode(of_values[coded], freqs, states, words)
+    states = np.frombuffer(body, "<u4", -1, offset + freqs.nbytes)
+    flat = entropy_decode(np.repeat(classes, widths), freqs, states, words)
   except Exception as e:
     raise UserError(f"artifact is inconsistent ({e!s:.200}): use the script that wrote it") from e
   parts = torch.tensor(stored).split(numbers)
@@ -1116,7 +1129,7 @@ class Evaluator:
     tokens = tokens[: self.num_targets + 1]
     self.bytes_before = np.pad(token_bytes.count(tokens).cumsum(), (1, 0))  # [N + 1]
     # The last windows read past the end.
-    self.tokens = torch.from_numpy(np.pad(tokens.astype("<i4"), (0, length))).to(self.dist.device)
+    self.tokens = torch.from_numpy(np.pad(tokens.astype(int), (0, length))).to(self.dist.device)
     self.offsets = torch.arange(length, device=self.dist.device)
     per_row = length * self.dist.world_size  # fixed, so graphs compile once
     self.plain = max(1, min(cfg.val_batch_size // per_row, -(-self.num_targets // per_row))), length
@@ -1127,9 +1140,6 @@ class Evaluator:
     """Nats a token, bits a byte of the first len(nats) targets."""
     total = nats.sum(dtype=float)
     return total / len(nats), total / np.log(2) / self.bytes_before[len(nats)]
-
-  def tokens_at(self, positions):
-    return self.tokens[positions].long()
 
   @torch.no_grad()
   def score(self, windows, rows, stride):
@@ -1145,7 +1155,7 @@ class Evaluator:
       start, first, end = batch.T[..., None]
       positions = first + self.offsets[:stride]
       at = None if stride == self.length else (positions - start).clamp(max=self.length - 1)
-      nll = self.run.nll(self.run.model, self.tokens_at(start + self.offsets), self.tokens_at(positions + 1), at)
+      nll = self.run.nll(self.run.model, self.tokens[start + self.offsets], self.tokens[positions + 1], at)
       nats.scatter_(0, torch.where(positions < end, positions - int(begin), count).flatten(), nll.flatten())
     return self.dist.sum_(nats[:count]).cpu().numpy()
 
@@ -1169,7 +1179,7 @@ class Evaluator:
     self.run.grads.flat.zero_()
     for starts in mine.split(self.adapt_rows):
       positions = F.pad(starts, (0, self.adapt_rows - len(starts)))[:, None] + self.offsets
-      nll = self.run.nll(self.run.model, self.tokens_at(positions), self.tokens_at(positions + 1))
+      nll = self.run.nll(self.run.model, self.tokens[positions], self.tokens[positions + 1])
       ((nll * (positions < end))[: len(starts)].sum() / (end - first)).backward()
     self.run.grads.reduce_and_clip(self.dist, self.config.ttt_grad_clip)
     opt.step()
@@ -1333,7 +1343,7 @@ def train_and_store(run, stream, opts, scorer, code):
     write_whole(run.log.folder / "artifact.bin", [data])
   total = len(data) + len(code)
   run.log(f"artifact_bytes:{len(data)} code_bytes:{len(code)} total_bytes:{total} limit_bytes:{limit}"
-    + " TOO LARGE, cannot be submitted" * (total >= limit),
+    + " TOO LARGE" * (total >= limit),
     "artifact", artifact_bytes=len(data), code_bytes=len(code), seconds=monotonic() - start)
 
 def evaluate_artifact(run, path, scorer):

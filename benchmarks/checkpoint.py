@@ -46,7 +46,7 @@ def main() -> None:
             steps()
 
         steps()
-        checkpoints.begin("1_train", train_gpt.state_of(run.model, optimizers, *average.sums))
+        checkpoints.begin("1_train", train_gpt.state_of(run.model, optimizers, *average.means))
         steps_and_checkpoint()
         checkpoints.writing.result()
         without, with_one = in_turn((steps, steps_and_checkpoint), args.repeats, run.dist.device)

@@ -29,7 +29,7 @@ class LoopEvaluator(train_gpt.Evaluator):
         begin, nats = windows[0, 1], torch.zeros(windows[-1, 2] - windows[0, 1], device=self.tokens.device)
         for batch in (windows[i : i + rows] for i in range(0, len(windows), rows)):
             positions = torch.from_numpy(batch[:, :1]).to(self.tokens.device) + self.offsets
-            nll = train_gpt.token_nll(self.run.model, self.tokens_at(positions), self.tokens_at(positions + 1))
+            nll = train_gpt.token_nll(self.run.model, self.tokens[positions], self.tokens[positions + 1])
             for row, (start, first, end) in zip(nll, batch, strict=True):
                 nats[first - begin : end - begin] = row[first - start : end - start]
         return nats.cpu().numpy()
@@ -72,7 +72,7 @@ class Arm:
         """What asking for scored positions alone gains, and what sharing between windows could gain, on one batch."""
         run, stride, block = self.run, self.config.eval_stride, self.run.model.blocks[0]
         starts = torch.from_numpy(self.windows[0][: self.config.eval_batch_seqs, :1]).to(self.device)
-        tokens = self.evaluator.tokens_at(starts + self.evaluator.offsets)
+        tokens = self.evaluator.tokens[starts + self.evaluator.offsets]
         at = self.evaluator.offsets[-stride:].expand(len(tokens), -1).contiguous()
         targets = tokens[:, -stride:].contiguous()
 

@@ -171,20 +171,20 @@ def test_matrices_without_gradients_are_stored_all_the_same(config):
 
 
 def test_moments_reduce_what_storing_costs(config):
-    """On inputs the model was not calibrated with, all matrices stored."""
+    """On inputs the models were not calibrated with, all matrices stored."""
     config = dataclasses.replace(config, gptq_batches=8)
-    run = make_run(config)
-    stream = train_gpt.TokenStream(config, "train")
-    state = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    moments = train_gpt.error_moments(run, stream, first_step=0)
-    (inputs, _), *_ = stream.micro_batches(50, run.dist)
-    divergence = {}
-    with torch.no_grad():
-        exact = run.model(inputs).log_softmax(-1)
-        for label, given in (("plain", {}), ("gptq", moments)):
-            run.model.load_state_dict(decode_artifact(encode_artifact(state, config, moments=given))[1])
-            divergence[label] = (exact.exp() * (exact - run.model(inputs).log_softmax(-1))).sum(-1).mean()
-    assert divergence["gptq"] < 0.9 * divergence["plain"]
+    stream, divergence = train_gpt.TokenStream(config, "train"), dict(plain=0.0, gptq=0.0)
+    for seed in range(4):
+        run = make_run(config, random_model(config, seed))
+        state = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+        moments = train_gpt.error_moments(run, stream, first_step=0)
+        (inputs, _), *_ = stream.micro_batches(50, run.dist)
+        with torch.no_grad():
+            exact = run.model(inputs).log_softmax(-1)
+            for label, given in (("plain", {}), ("gptq", moments)):
+                run.model.load_state_dict(decode_artifact(encode_artifact(state, config, moments=given))[1])
+                divergence[label] += (exact.exp() * (exact - run.model(inputs).log_softmax(-1))).sum(-1).mean().item()
+    assert divergence["gptq"] < 0.95 * divergence["plain"], divergence
 
 
 # ---- The file

@@ -464,7 +464,7 @@ def state_of(run: train_gpt.Run, optimizers: list) -> list[torch.Tensor]:
     """What train() saves and restores: its clock comes second."""
     clock = torch.tensor([1.0, 2.0, 0.0] + 10 * [0.1], dtype=torch.float64)
     average = train_gpt.WeightAverage(run.model)
-    return train_gpt.state_of(run.model, optimizers, clock, run.grads.skipped, *average.sums)
+    return train_gpt.state_of(run.model, optimizers, clock, run.grads.skipped, *average.means)
 
 
 def sealed(payload: bytes) -> bytes:

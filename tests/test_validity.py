@@ -18,6 +18,17 @@ ALIGNED = (32, 8, 128, 736)
 STRADDLING = (64, 24, 504, 4 * 504 + 64)
 
 
+class Watched:
+    """Tokens that tell which of them are read."""
+
+    def __init__(self, tokens, note):
+        self.tokens, self.note = tokens, note
+
+    def __getitem__(self, positions):
+        self.note(positions)
+        return self.tokens[positions]
+
+
 class Recorder(Evaluator):
     """The real evaluation, which also notes the logits behind each score and the order of scoring and training."""
 
@@ -34,6 +45,7 @@ class Recorder(Evaluator):
             return self.batches[-1]
 
         self.run.model.logits = recorded
+        self.tokens = Watched(self.tokens, self.note)
 
     def score(self, windows, rows, stride):
         """The batches hold `stride` positions a window, as often as it takes for the first one."""
@@ -49,12 +61,11 @@ class Recorder(Evaluator):
         self.end = end
         super().adapt(first, end, optimizer)
 
-    def tokens_at(self, positions):
+    def note(self, positions):
         if torch.is_grad_enabled():  # inputs, then targets: position p + 1 holds target p; a target is no input yet
             trained = positions.numpy().ravel()
             trained = trained[trained < self.end]
             self.trained_unscored += trained[self.times_scored[trained] == 0].tolist()
-        return super().tokens_at(positions)
 
 
 class TrainsFirst(Recorder):
