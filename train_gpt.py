@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from hashlib import sha256
 from json import dumps, loads
 from math import cos, inf, pi, prod
@@ -309,7 +309,10 @@ class TokenStream:
     self.num_tokens = int(self.starts[-1])
     refuse(self.num_tokens <= cfg.train_seq_len, f"DATA_PATH={self.folder}: {self.num_tokens} tokens in "
       f"{len(self.shards)} fineweb_{split}_*.bin, less than a sequence: {GET_DATA}")
-    self.order = np.random.default_rng(cfg.seed).permutation(self.num_tokens // cfg.train_seq_len)
+
+  @cached_property
+  def order(self):
+    return np.random.default_rng(self.config.seed).permutation(self.num_tokens // self.config.train_seq_len)
 
   def read(self, start, count):
     """Tokens [start, start + count), uint16; the first follows the last."""
@@ -458,7 +461,7 @@ def causal_mask(cfg):
   return torch.full([cfg.train_seq_len] * 2, -inf, dtype=DTYPES.get(cfg.compute_dtype)).triu(1)
 
 def choose_attention(cfg, dist, log):
-  """What is asked for, if it works; auto: products, on GPUs the fastest that agrees with it."""
+  """What is asked for, if it works; auto: products, on GPUs the fastest that agrees."""
   names, seconds, expected = [cfg.attention], {}, []
   if names == ["auto"]:
     names = list(BACK_ENDS)[: (2 if cfg.deterministic else 4) if dist.on_gpu else 1]  # two repeat
@@ -795,7 +798,7 @@ def train_step(run, batch, opts, factor, momentum):
   run.grads.skipped.add_(skip)[1] *= skip
   for opt in opts:
     for group in opt.param_groups:
-      group.update(lr=group["base_lr"] * factor, momentum=momentum)  # AdamW ignores momentum
+      group.update(lr=group["base_lr"] * factor, momentum=momentum)
     opt.found_inf = skip
     opt.step()
   return loss
@@ -1257,8 +1260,8 @@ def preflight(cfg, dist, targets):
   """What sizes alone say about seconds and bytes; refuses what cannot work."""
   table = [(prod(shape), bits) for _, shape, bits in tensor_table(cfg)]
   size, limit, most = sum(n for n, _ in table), cfg.max_wallclock_seconds, cfg.eval_max_seconds
-  best = dist.world_size * (3e15 if dist.on_gpu else 1e12 * torch.get_num_threads())  # FLOP/s
-  token_s = 2 * (size - cfg.bigram_vocab_size * cfg.bigram_dim) / best  # forwards
+  best = dist.world_size * (3e15 if dist.on_gpu else 1e12 * torch.get_num_threads())
+  token_s = 2 * (size - cfg.bigram_vocab_size * cfg.bigram_dim) / best
   step_s = 3 * token_s * cfg.train_batch_tokens
   score_s = 0.8 * token_s * targets * cfg.train_seq_len / cfg.eval_stride
   finest, most_bytes = sum(n * bits for n, bits in table) / 9, cfg.max_artifact_bytes

@@ -50,7 +50,8 @@ class SeedMuon(train_gpt.Muon):
 
     def orthogonalize(self, updates, steps, factor=1.0):
         def one(u):
-            orthogonal = self.newton_schulz(u.to(self.dtype)[None], steps)[0].float()
+            x = F.normalize(u, dim=-1) if self.row_norm else u  # the seed does not
+            orthogonal = self.newton_schulz(x.to(self.dtype)[None], steps)[0].float()
             return factor * orthogonal * max(1, u.size(0) / u.size(1)) ** 0.5
 
         return [one(u) for u in updates]
