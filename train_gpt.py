@@ -1,11 +1,11 @@
-"""Train a small language model in ten minutes, store it in 16 MB, score it in bits per byte - validly.
+"""Train a language model in ten minutes, store it in 16 MB, score it in bits per byte - validly.
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py  # the record setting: 8xH100, 600 s, FineWeb
     ARTIFACT=logs/RUN_ID/artifact.bin torchrun ...  # evaluate only
 
-Settings: environment variables; results: logs/RUN_ID/. Model and recipe: openai/parameter-golf PR #264's; departures
-say why. Shapes: B sequences, T positions, D model_dim, H query heads, K key/value heads, E head_dim,
-V vocabulary, L sequence length, S stride of the W scoring windows, C targets in a chunk, N targets in all.
+Settings: environment variables; results: logs/RUN_ID/. Model: openai/parameter-golf PR #264's; recipe: README.md.
+Shapes: B sequences, T positions, D model_dim, H query heads, K key/value heads, E head_dim, V vocabulary,
+L sequence length, S stride of the W scoring windows, C targets in a chunk, N targets in all.
 """
 
 import faulthandler
@@ -47,7 +47,7 @@ def refuse(wrong, why=""):
 
 @dataclass(frozen=True)
 class Config:
-  """The record's values, explained in README.md. 0 turns limits, clipping, GPTQ and checkpoints off."""
+  """The record's values: see README.md. 0 turns limits, clipping, GPTQ and checkpoints off."""
   # Data and run
   data_path = "data/datasets/fineweb10B_sp1024"
   tokenizer_path = "data/tokenizers/fineweb_1024_bpe.model"
@@ -275,8 +275,8 @@ class Log:
       print(dumps(dict(event=event, since_start_s=monotonic() - self.start) | record), file=self.records)
 
 # ---- Data
-# Shards: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens. A step's number alone says
-# what it trains on. Sequences cross documents, as in the baseline.
+# Shards: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens. Step and seed say what it
+# trains on. Sequences cross documents, as in the baseline.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 GET_DATA = "run python data/build_dataset.py or data/cached_challenge_fineweb.py, set what it prints"
 
@@ -593,9 +593,9 @@ def newton_schulz(x, steps):
   return x.mT if tall else x
 
 class Muon(optim.Optimizer):
-  """Nesterov momentum, orthogonalised; decoupled weight decay; for matrices only:
+  """Nesterov momentum, orthogonalised; decoupled weight decay; for matrices:
   W <- (1 - lr * weight_decay) * W - lr * sqrt(max(1, rows / cols)) * newton_schulz(g + momentum * buffer),
-  whose rows are normalised first if row_norm (PR #1260)."""
+  its input's rows normalised if row_norm (PR #1260)."""
   def __init__(self, params, lr, momentum, weight_decay=0.0, steps=5, *, row_norm=False, dist=Dist(),
     dtype=torch.float32):
     super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps))
@@ -1132,7 +1132,7 @@ class Evaluator:
     tokens = tokens[: self.num_targets + 1]
     self.bytes_before = np.pad(token_bytes.count(tokens).cumsum(), (1, 0))  # [N + 1]
     # The last windows read past the end.
-    self.tokens = torch.from_numpy(np.pad(tokens.astype(int), (0, length))).to(self.dist.device)
+    self.tokens = torch.from_numpy(np.pad(tokens, (0, length)).astype(int)).to(self.dist.device)
     self.offsets = torch.arange(length, device=self.dist.device)
     per_row = length * self.dist.world_size  # fixed, so graphs compile once
     self.plain = max(1, min(cfg.val_batch_size // per_row, -(-self.num_targets // per_row))), length
@@ -1386,11 +1386,11 @@ def main():
     stored = load_artifact(cfg.artifact, dist)[0]
     cfg = replace(cfg, **{name: getattr(stored, name) for name in MODEL_SETTINGS})
     refuse(cfg.problems())
-  facts = dict(script=sha256(code).hexdigest()[:16], ranks=dist.world_size)
-  facts |= {name.upper(): value for name, value in list(vars(cfg).items())[8:]}
+  facts = {name.upper(): value for name, value in list(vars(cfg).items())[8:]}
   cfg, token_bytes = settle(cfg, dist), TokenBytes(load_tokenizer(cfg))
   val = TokenStream(cfg, "val")
   stream, val_tokens = None if cfg.artifact else TokenStream(cfg, "train"), val.read(0, val.num_tokens)
+  facts |= dict(script=sha256(code).hexdigest()[:16], ranks=dist.world_size, tokens=stream and stream.num_tokens)
   cfg = replace(cfg, run_id=cfg.run_id or dist.from_master(lambda: strftime(f"%Y%m%d_%H%M%S_s{cfg.seed}")))
   report = preflight(cfg, dist, min(cfg.max_val_tokens or inf, len(val_tokens)))
   saver = Checkpoints(cfg, dist, facts)

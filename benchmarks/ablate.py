@@ -1,6 +1,6 @@
 """What changes of settings are worth: the real script, whole, once for each arm and seed, judged on the stored model.
 
-    python benchmarks/ablate.py "" QK_GAIN_INIT=4 "MATRIX_LR=0.025 SCALAR_LR=0.025" --seeds 1 2 3 --results FILE.jsonl
+    python benchmarks/ablate.py "" QK_GAIN_INIT=2 "MATRIX_LR=0.025 SCALAR_LR=0.025" --seeds 1 2 3 --results FILE.jsonl
     MAX_WALLCLOCK_SECONDS=300 python benchmarks/ablate.py ...       settings of all arms, from the environment
     python benchmarks/ablate.py @benchmarks/pr264.env "" --jobs 2   @FILE: the settings in it; two runs at once
 
@@ -57,20 +57,24 @@ def settings_of(arm: str) -> dict[str, str]:
     return dict(part.split("=", 1) for part in parts)
 
 
+def on_gpu() -> bool:
+    return timing.torch.cuda.is_available() and os.environ.get("DEVICE") != "cpu"
+
+
 def shared_settings() -> dict[str, str]:
     """Those of all arms: the defaults for this machine, then the environment."""
     known = {name.upper() for name in vars(train_gpt.Config())}
-    on_gpu = timing.torch.cuda.is_available() and os.environ.get("DEVICE") != "cpu"
-    defaults = timing.ON_GPU if on_gpu else SMALL
+    defaults = timing.ON_GPU if on_gpu() else SMALL
     return {name: str(value) for name, value in defaults.items()} | {
         name: value for name, value in os.environ.items() if name in known}
 
 
-def key_of(settings: dict[str, str], seed: int, script: bytes) -> str:
-    """What makes a run the same run: the values of all settings, the seed and the script."""
+def key_of(settings: dict[str, str], seed: int, script: bytes, jobs: int = 1) -> str:
+    """What makes a run the same run: the values of all settings, the seed, the script and how many share the cores."""
     config = train_gpt.Config.from_env(settings)
     values = {name: value for name, value in vars(config).items() if name not in ELSEWHERE}
-    data = dict(values=values, data=Path(config.data_path).name, seed=seed, script=hashlib.sha256(script).hexdigest())
+    data = dict(values=values, data=Path(config.data_path).name, seed=seed, script=hashlib.sha256(script).hexdigest(),
+                jobs=jobs)
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -146,7 +150,10 @@ def main() -> None:
     args = parser.parse_args()
     script = (REPOSITORY / "train_gpt.py").read_bytes()
     arms = list(dict.fromkeys(args.arms))
-    keys = {(arm, seed): key_of(shared_settings() | settings_of(arm), seed, script)
+    if args.jobs > 1 and (on_gpu() or len(arms) % args.jobs):
+        raise SystemExit(f"error: --jobs {args.jobs} with {len(arms)} arms: on CPUs only, and so many of them that each "
+                         "runs beside others; leave --jobs out")
+    keys = {(arm, seed): key_of(shared_settings() | settings_of(arm), seed, script, args.jobs)
             for seed in args.seeds for arm in arms}
     done = {run["key"]: run for run in read_results(args.results)}
     order = random.Random(args.order)
@@ -154,7 +161,7 @@ def main() -> None:
 
     def run(arm: str, seed: int) -> None:
         key = keys[arm, seed]
-        print(f"seed {seed}: {arm or '(as it is)'}", flush=True)
+        print(f"seed {seed}: {arm or '(as it is)'}\n", end="", flush=True)  # one write: others print too
         result = run_once(shared_settings() | settings_of(arm), seed, key, arm, args.jobs)
         with writing, open(args.results, "a+b") as file:
             done[key] = result
@@ -163,9 +170,12 @@ def main() -> None:
 
     for seed in args.seeds:
         left = {keys[arm, seed]: arm for arm in order.sample(arms, len(arms)) if keys[arm, seed] not in done}
-        with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
+        try:
             for ended in [pool.submit(run, arm, seed) for arm in left.values()]:
                 ended.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # a failure or Ctrl-C starts no further run
         print_table(arms, {pair: done[key] for pair, key in keys.items() if key in done}, args.seeds)
 
 

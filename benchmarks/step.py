@@ -33,7 +33,7 @@ class SeedAttention(train_gpt.Attention):
         B, T, D = x.shape
         q = self.c_q(x).reshape(B, T, self.heads, -1).transpose(1, 2)
         k, v = (c(x).reshape(B, T, self.kv_heads, -1).transpose(1, 2) for c in (self.c_k, self.c_v))
-        rope = rope.squeeze(2)  # (2, T, R)
+        rope = rope.squeeze(2)  # (2, T, E/2)
         q = train_gpt.rotate(train_gpt.rms_norm(q), rope) * self.q_gain.to(x.dtype)[:, None]
         k = train_gpt.rotate(train_gpt.rms_norm(k), rope)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)

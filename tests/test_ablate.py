@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import subprocess
 import sys
 import threading
 
@@ -71,6 +72,36 @@ def test_runs_at_once_share_the_cores_and_a_seed_ends_before_the_next(settings, 
     assert [seed for _, seed in calls] == [1, 1, 2, 2] and len(file.read_text().splitlines()) == 4
 
 
+def test_after_a_failure_no_further_run_starts(settings, monkeypatch, tmp_path):
+    calls = []
+
+    def run(settings, seed, key, arm, jobs):
+        calls.append(arm)
+        raise SystemExit("error: as it must be")
+
+    monkeypatch.setattr(ablate, "run_once", run)
+    with pytest.raises(SystemExit, match="as it must be"):
+        main(monkeypatch, *(f"SWA_EVERY={i}" for i in range(1, 9)), "--results", str(tmp_path / "results.jsonl"))
+    assert len(calls) <= 2  # one may have started before the first was seen to fail
+
+
+def test_runs_at_once_get_their_share_of_the_cores(settings, monkeypatch):
+    seen = []
+
+    def run(command, *, env, **options):
+        seen.append(env.get("OMP_NUM_THREADS"))
+        return subprocess.CompletedProcess(command, 1, "", "stopped here")
+
+    monkeypatch.setattr(ablate.subprocess, "run", run)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    for jobs in (2, 8, 16):
+        with pytest.raises(SystemExit, match="stopped here"):
+            ablate.run_once(ablate.shared_settings(), 1, "key", "", jobs)
+    assert seen == ["4", "1", "1"]
+    with pytest.raises(SystemExit, match="--jobs 2 with 3 arms"):
+        main(monkeypatch, "", "SEED=1", "SEED=2", "--results", "none", "--jobs", "2")
+
+
 def test_settings_come_from_files(tmp_path):
     (tmp_path / "some.env").write_text("MATRIX_LR=0.5\nSWA_EVERY=3\n")
     assert ablate.settings_of(f"SEED=1 @{tmp_path}/some.env") == dict(SEED="1", MATRIX_LR="0.5", SWA_EVERY="3")
@@ -79,11 +110,11 @@ def test_settings_come_from_files(tmp_path):
 
 
 def test_a_run_is_the_same_if_settings_seed_and_script_are(settings):
-    def key(arm: str = "", seed: int = 1, script: bytes = b"script") -> str:
-        return ablate.key_of(ablate.shared_settings() | ablate.settings_of(arm), seed, script)
+    def key(arm: str = "", seed: int = 1, script: bytes = b"script", jobs: int = 1) -> str:
+        return ablate.key_of(ablate.shared_settings() | ablate.settings_of(arm), seed, script, jobs)
 
     assert key() == key("RUN_ID=other") == key(f"MATRIX_LR={0.02}")  # the default, said
-    assert len({key(), key("MATRIX_LR=0.03"), key(seed=2), key(script=b"other")}) == 4
+    assert len({key(), key("MATRIX_LR=0.03"), key(seed=2), key(script=b"other"), key(jobs=2)}) == 5
 
 
 def test_one_difference_has_no_interval():

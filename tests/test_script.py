@@ -112,7 +112,7 @@ def pr264() -> dict[str, str]:
 
 
 def test_the_seeds_recipe_is_a_file_of_settings_away():
-    """Values of PR #264, from its script, and no line that the defaults say already."""
+    """PR #264's training settings and this script's adaptation, and no line that the defaults say already."""
     config, default = train_gpt.Config.from_env(pr264()), vars(train_gpt.Config())
     seeds = dict(
         vocab_size=1024, num_layers=11, model_dim=512, num_heads=8, num_kv_heads=4, mlp_mult=3.0, train_seq_len=2048,

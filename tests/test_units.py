@@ -125,6 +125,8 @@ def test_shuffled_each_window_comes_once_a_pass_whatever_the_ranks_and_in_anothe
         return [row for step in steps for row in step]
 
     windows = [list(range(first, first + 4)) for first in range(0, 100, 4)]
+    uneven = train_gpt.TokenStream(dataclasses.replace(stream.config, shuffle=True, train_seq_len=8), "train")
+    assert sorted(uneven.order) == list(range(12))  # the last 4 of 100 tokens fill no window
     first, second = rows(1), rows(2)
     for start in range(0, 150, 25):  # six passes of 25 windows, which end within a step
         assert sorted(first[start : start + 25]) == windows
