@@ -107,7 +107,8 @@ def run_once(settings: dict[str, str], seed: int, key: str, arm: str, jobs: int 
         for line in (Path(folder) / "logs" / key / "metrics.jsonl").read_text().splitlines():
             record = json.loads(line)
             last[record["event"]] = record
-        return dict(key=key, arm=arm, seed=seed, settings=settings_of(arm), shared=shared_settings(),
+        return dict(key=key, arm=arm, seed=seed, settings=settings_of(arm), data=Path(env["DATA_PATH"]).name,
+                    shared={n: v for n, v in shared_settings().items() if n.lower() not in ELSEWHERE},
                     machine=timing.machine(), jobs=jobs, val_bpb=score["val_bpb"], after_training=last["val"]["val_bpb"],
                     after_swa=last["swa"]["val_bpb"],
                     **{name: score[name] for name in ("steps", "train_seconds", "artifact_bytes")})
