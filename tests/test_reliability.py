@@ -145,6 +145,17 @@ def test_another_configuration_or_script_is_refused_with_the_difference(stopped_
     assert run.returncode == 1 and re.search(r"script='\w+' there, '\w+' here", run.stderr), run.stderr
 
 
+def test_another_number_of_training_tokens_is_refused(stopped_run, dataset, tmp_path):
+    """The order of the windows, and so what was trained on already, depends on it."""
+    more = tmp_path / "more"
+    shutil.copytree(dataset["DATA_PATH"], more)
+    (shard,) = more.glob("fineweb_train_*.bin")
+    shutil.copy(shard, more / "fineweb_train_000009.bin")
+    tokens = (shard.stat().st_size - 1024) // 2
+    line = refusal(stopped_run, dataset | dict(RESUME="auto", DATA_PATH=more))
+    assert f"tokens={tokens} there, {2 * tokens} here" in line
+
+
 def test_an_unfinished_run_is_not_overwritten(stopped_run, dataset):
     line = refusal(stopped_run, dataset)
     assert "unfinished run" in line and "RESUME=auto" in line
