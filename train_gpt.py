@@ -191,7 +191,7 @@ watchdog = partial(faulthandler.dump_traceback_later, exit=True)
 
 class Dist:
   """This rank, its device, all communication."""
-  patience, worked, signal, stop = 1e9, 28, 0, 0
+  patience, worked, signal, stop = 0, 24.0, 0, 0
   def __init__(self, device="cpu", env={}):
     names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
     self.rank, self.world_size, local_rank, local_size = (int(env.get(name, "SIZE" in name)) for name in names)
@@ -213,18 +213,20 @@ class Dist:
   def mine(self, items):
     return items[self.rank :: self.world_size]
 
-  def expect(self, seconds=1e9):
+  def expect(self, seconds=0):
     """Until the next call; a rank that hangs shows where and ends."""
-    self.patience, self.worked, self.since = min(seconds, 1e9), 28, monotonic()
-    watchdog(self.patience)
+    self.patience, self.worked, self.since = min(seconds, 1e9), 24.0, monotonic()
+    watchdog(self.patience or 1e9)
 
   def meet(self, collective, *args, **options):
-    """Waits for others 5 s longer than expected, so the one that hangs ends first; with nothing expected 28 s, or as
-    long as this rank worked alone."""
+    """Waits 5 s longer than expected, so that who hangs ends first; with nothing expected 24 s, or as long as this
+    rank worked alone: rank 0 names them."""
     self.worked = max(self.worked, monotonic() - self.since)
-    watchdog(self.patience + 5 if self.patience < 1e9 else self.worked)
+    watchdog((self.patience or self.worked) + 5)
+    if self.world_size > 1 > self.patience:
+      comm.group.WORLD.monitored_barrier(self.worked, True)
     collective(*args, **options)
-    watchdog(self.patience)
+    watchdog(self.patience or 1e9)
     self.since = monotonic()
 
   def sum_(self, tensor):
@@ -275,8 +277,8 @@ class Log:
       print(dumps(dict(event=event, since_start_s=monotonic() - self.start) | record), file=self.records)
 
 # ---- Data
-# Shards: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens. Step and seed say what it
-# trains on. Sequences cross documents, as in the baseline.
+# Shards: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens. Step and seed say what
+# is trained on, across documents.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 GET_DATA = "run python data/build_dataset.py or data/cached_challenge_fineweb.py, set what it prints"
 
@@ -528,8 +530,8 @@ class GPT(nn.Module):
     angle = torch.arange(cfg.train_seq_len)[:, None, None] * frequency  # (L, 1, E/2)
     tables = torch.stack((angle.cos(), angle.sin())), causal_mask(cfg)
     self.rope, self.mask = (nn.Buffer(table, persistent=False) for table in tables)
-    # Orthogonal matrices (arXiv:1312.6120), zero output projections. PR #264's 1/sqrt(2 * layers) for these only
-    # reaches the bigram projection; were that zero, it and its table would never move.
+    # Orthogonal matrices (arXiv:1312.6120), zero output projections, but the bigram's, which would never move: PR
+    # #264's 1/sqrt(2 * layers).
     nn.init.normal_(self.tok_emb.weight, std=0.005)
     nn.init.zeros_(self.bigram.embed.weight)
     nn.init.orthogonal_(self.bigram.proj.weight, gain=(2 * cfg.num_layers) ** -0.5)
@@ -681,7 +683,8 @@ class Checkpoints:
   """A run's last two states, which rank 0 writes in a thread, aside until whole. facts must not change."""
   def __init__(self, cfg=Config(), dist=Dist(), facts={}):
     self.config, self.dist, self.facts, self.folder = cfg, dist, facts, Path("logs", cfg.run_id)
-    self.header, self.log, self.saved, self.thread = {}, Log(None), monotonic(), ThreadPoolExecutor(1)
+    self.header, self.log, self.saved = {}, Log(None), monotonic()
+    self.thread = ThreadPoolExecutor(1, "", os.nice, [19])  # only idle cores
     self.writing = self.thread.submit(int)
 
   def files(self):
@@ -868,7 +871,7 @@ def warm_up(run, stream, opts, scorer):
 # ---- Averaging
 
 class WeightAverage:
-  """Mean of late weights (SWA, arXiv:1803.05407); in bf16, as in PR #264, it loses more than it gains."""
+  """Mean of late weights (SWA, arXiv:1803.05407)."""
   def __init__(self, model):
     self.params, self.count = list(model.state_dict().values()), 0
     self.means = [torch.zeros_like(p) for p in self.params]

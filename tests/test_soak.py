@@ -113,17 +113,22 @@ def test_a_rank_that_hangs_or_is_frozen_ends_the_job_within_a_minute(dataset, tm
 
 
 @pytest.mark.parametrize("fault", [
-    "read 1 hang 1", "step 1 hang 1", "step 2 hang 0", "quantize 3 hang 1", "quantize 3 stop 0"])
+    "read 1 hang 1", "step 1 hang 1", "step 2 hang 0", "score 4 hang 1", "quantize 3 hang 1", "quantize 3 stop 0"])
 def test_a_rank_that_hangs_where_nothing_is_expected_ends_the_job_within_a_minute(dataset, tmp_path, fault):
-    """In the start, the warm-up, and while the artifact is made: those who wait for it end, and torchrun the rest."""
+    """In the start, the warm-up, validation, and while the artifact is made: those who wait for it end, rank 0 says for
+    whom it waited, and torchrun ends the rest."""
     mark = f"fault_mark_{time.time_ns()}"
     begin = time.monotonic()
     hung = run_with(tmp_path, dataset | dict(MARK=mark), fault, ranks=2)
     seconds = time.monotonic() - begin
     print(f"{fault}: ended after {seconds:.0f} s, start included")
     assert hung.code != 0 and seconds < 70, hung.output  # some 10 s of it are the start
-    assert "in meet" in hung.output  # who waited, and for what
-    if "quantize" not in fault:  # afterwards SIGTERM is for checkpoints
+    ending = hung.output[hung.output.rindex("Root Cause"):]
+    if fault[-1] == "1":
+        assert "Ranks 1 failed to pass monitoredBarrier" in ending, hung.output
+    else:  # then nobody counts; those who wait for rank 0 show that they do
+        assert "in meet" in hung.output and re.search(r"rank\s*: 1 ", ending), hung.output
+    if fault[:4] in ("read", "step"):  # after the warm-up SIGTERM is for checkpoints
         assert "faults.py" in hung.output and "in wrapped" in hung.output  # where the other one hung
     assert not processes_of(mark)
 
