@@ -359,8 +359,7 @@ class TokenBytes:
 
 def load_tokenizer(cfg):
   try:
-    data = plain(cfg.tokenizer_path).open("rb").read(1 << 24)
-    tokenizer = spm.SentencePieceProcessor(model_proto=data)
+    tokenizer = spm.SentencePieceProcessor(model_proto=plain(cfg.tokenizer_path).open("rb").read(1 << 24))
     size = tokenizer.vocab_size()
     tokenizer.id_to_piece(list(range(size)))  # all UTF-8?
   except (RuntimeError, OSError, ValueError) as error:
@@ -528,8 +527,8 @@ class GPT(nn.Module):
     half = cfg.model_dim // cfg.num_heads // 2
     frequency = cfg.rope_base ** (-torch.arange(half) / half)
     angle = torch.arange(cfg.train_seq_len)[:, None, None] * frequency  # (L, 1, E/2)
-    tables = torch.stack((angle.cos(), angle.sin())), causal_mask(cfg)
-    self.rope, self.mask = (nn.Buffer(table, persistent=False) for table in tables)
+    self.rope = nn.Buffer(torch.stack((angle.cos(), angle.sin())), persistent=False)
+    self.mask = nn.Buffer(causal_mask(cfg), persistent=False)
     # Orthogonal matrices (arXiv:1312.6120), zero output projections, but the bigram's, which would never move: PR
     # #264's 1/sqrt(2 * layers).
     nn.init.normal_(self.tok_emb.weight, std=0.005)
@@ -695,9 +694,8 @@ class Checkpoints:
     resume, problems = self.config.resume, []
     for path in self.files()[::-1] if resume == "auto" else [Path(resume)] * bool(resume):
       try:
-        payload = unseal(np.memmap(plain(path), mode="r"), CHECKPOINT_MAGIC)
-        end = min(4 + int.from_bytes(payload[:4], "little"), 1 << 20)
-        header = loads(bytes(payload[4:end])) | dict(path=str(path), damaged=problems)
+        text, state = split_sized(unseal(np.memmap(plain(path), mode="r"), CHECKPOINT_MAGIC), 1 << 20)
+        header = loads(bytes(text)) | dict(path=str(path), damaged=problems)
         others = [f"{name}={there!r:.40} there, {here!r} here" for name, here in self.facts.items()
           if (there := header["facts"].get(name)) != here]
         header["phase"].lower(), range(header["records"])
@@ -705,7 +703,7 @@ class Checkpoints:
         problems.append(f"{path}: {error!s:.200}")
         continue
       refuse(others, f"{path} is another run's, use its settings and script: {', '.join(others)}")
-      self.data = payload[end:]
+      self.data = state
       return header
     if not resume and self.files() and not (self.folder / "submission.json").exists():
       problems = [f"{self.folder} has an unfinished run: RESUME=auto continues it, another RUN_ID does not"]
@@ -762,6 +760,10 @@ class Checkpoints:
 def sized(data):
   return len(data).to_bytes(4, "little") + data
 
+def split_sized(data, most=inf):
+  end = 4 + min(int.from_bytes(data[:4], "little"), most)
+  return data[4:end], data[end:]
+
 def write_whole(path, parts):
   """Nothing has this name before all of it is on the disk."""
   with open(path.with_name("part"), "wb") as file:
@@ -791,7 +793,7 @@ class Run:
 
 def train_step(run, batch, opts, factor, momentum):
   """One optimiser step, none if gradients are not finite; this rank's part of the mean loss. Never waits for GPUs."""
-  loss = torch.zeros((), device=run.dist.device)
+  loss = 0.0
   run.grads.flat.zero_()
   for inputs, targets in batch:
     part = run.nll(run.model, inputs, targets).sum() / run.config.train_batch_tokens
@@ -934,7 +936,7 @@ def quantize(matrix, steps, bits, moment=None):
         order, inverse = by_power, upper
   steps = steps.clamp(max=65504).half().float()
   step = steps.flatten()
-  divisor, error = step.where(step > 0, 1.0), torch.zeros_like(step)
+  divisor, error = step.where(step > 0, 1.0), 0.0
   rest = matrix.T[order].repeat(1, len(steps))  # (col, choice and row)
   values = torch.empty_like(rest, dtype=torch.int8)
   for start, block in zip(range(0, len(rest), 128), rest.split(128)):
@@ -1064,30 +1066,27 @@ def unseal(data, magic):
 def unpack_artifact(data):
   """What pack_artifact got; UserError, before much is allocated, if anything is off."""
   try:
-    payload = unseal(data, ARTIFACT_MAGIC)
-    end = 4 + int.from_bytes(payload[:4], "little")
-    frame, words = payload[4:end], np.frombuffer(payload[end:], "<u2")
+    frame, words = split_sized(unseal(data, ARTIFACT_MAGIC))
     size = zstd.frame_content_size(frame)
     refuse(not 0 <= size < 1 << 26, f"a body of {size} bytes")
-    body = zstd.decompress(frame)
-    offset = min(4 + int.from_bytes(body[:4], "little"), 1 << 20)
-    header = loads(body[4:offset])
+    text, body = split_sized(zstd.decompress(frame), 1 << 20)
+    header = loads(text)
     settings = {name: type(getattr(Config, name))(header["config"][name]) for name in MODEL_SETTINGS}
     fitting = dict.fromkeys(("train_batch_tokens", "ttt_chunk_tokens", "eval_stride"), settings["train_seq_len"])
     cfg = Config(**settings, **fitting)
     refuse(cfg.problems())
-    refuse(300 * cfg.num_layers > offset or header["tensors"] != (table := tensor_table(cfg)), "other tensors")
+    refuse(300 * cfg.num_layers > len(text) or header["tensors"] != (table := tensor_table(cfg)), "other tensors")
     matrices = {name: shape for name, shape, bits in table if bits < 16}
     sizes = [prod(shape) for shape in matrices.values()]
     refuse(sum(sizes) > 1 << 26, f"{sum(sizes)} values")  # no file can ask for all memory
     numbers = [prod(shape) if bits == 16 else shape[0] for _, shape, bits in table]
-    stored = np.frombuffer(body, "<f2", sum(numbers), offset)
+    stored = np.frombuffer(body, "<f2", sum(numbers))
     refuse(not np.isfinite(stored).all(), "numbers not finite")
     widths = np.hstack([np.full(*shape) for shape in matrices.values()])
-    classes = np.frombuffer(body, np.uint8, len(widths), offset := offset + stored.nbytes)
+    classes = np.frombuffer(body, np.uint8, len(widths), offset := stored.nbytes)
     freqs = np.frombuffer(body, "<u2", 64 * 256, offset := offset + classes.nbytes).reshape(64, 256)
     states = np.frombuffer(body, "<u4", -1, offset + freqs.nbytes)
-    flat = entropy_decode(np.repeat(classes, widths), freqs, states, words)
+    flat = entropy_decode(np.repeat(classes, widths), freqs, states, np.frombuffer(words, "<u2"))
   except Exception as e:
     raise UserError(f"artifact is inconsistent ({e!s:.200}): use the script that wrote it") from e
   parts = torch.tensor(stored).split(numbers)
@@ -1152,7 +1151,8 @@ class Evaluator:
     """Nats of consecutive windows' targets, fp32. Ranks share the windows, `rows` at a time, each asked for the
     `stride` positions it scores; the split's first, which scores all, several times."""
     assert (windows[1:, 2] - windows[1:, 1] <= stride).all()
-    (start, begin, end), count = windows[0], windows[-1, 2] - windows[0, 1]
+    start, begin, end = windows[0]
+    count = windows[-1, 2] - begin
     pieces = [(start, first, min(first + stride, end)) for first in range(begin, end, stride)]
     mine = self.dist.mine(np.vstack((pieces, windows[1:])))
     padded = np.pad(mine, ((0, -len(mine) % rows), (0, 0)))  # windows that score nothing
