@@ -224,7 +224,11 @@ class Dist:
     self.worked = max(self.worked, monotonic() - self.since)
     watchdog((self.patience or self.worked) + 5)
     if self.world_size > 1 > self.patience:
-      comm.group.WORLD.monitored_barrier(self.worked, True)
+      try:
+        comm.group.WORLD.monitored_barrier(self.worked, True)
+      except RuntimeError:
+        sleep(min(self.rank, 2))  # rank 0, which knows, speaks first
+        raise
     collective(*args, **options)
     watchdog(self.patience or 1e9)
     self.since = monotonic()
@@ -1069,8 +1073,8 @@ def unpack_artifact(data):
     frame, words = split_sized(unseal(data, ARTIFACT_MAGIC))
     size = zstd.frame_content_size(frame)
     refuse(not 0 <= size < 1 << 26, f"a body of {size} bytes")
-    text, body = split_sized(zstd.decompress(frame), 1 << 20)
-    header = loads(text)
+    text, body = split_sized(memoryview(zstd.decompress(frame)), 1 << 20)
+    header = loads(bytes(text))
     settings = {name: type(getattr(Config, name))(header["config"][name]) for name in MODEL_SETTINGS}
     fitting = dict.fromkeys(("train_batch_tokens", "ttt_chunk_tokens", "eval_stride"), settings["train_seq_len"])
     cfg = Config(**settings, **fitting)

@@ -345,6 +345,8 @@ def measure(config: train_gpt.Config, dist: train_gpt.Dist, processes: list[list
         found["other processes on the GPU"] = processes.count([gpu_uuid(dist.device)])
     run = train_gpt.build_run(config, dist, train_gpt.Log(None))
     found["attention"] = run.config.attention
+    if dist.world_size > 1:
+        dist.expect(600)  # as in training: where nothing is expected, a barrier comes before each all-reduce
     try:
         return run, found | measure_device(run) | measure_all_reduce(run) | measure_step(run)
     except torch.OutOfMemoryError as error:
