@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from hashlib import sha256
 from json import dumps, loads
 from math import cos, inf, pi, prod
@@ -112,6 +112,7 @@ class Config:
   ttt_enabled = True
   ttt_lr = 0.002
   ttt_momentum = 0.9
+  ttt_muon = 0.0
   ttt_epochs = 3
   ttt_chunk_tokens = 32_768  # C
   ttt_grad_clip = 1.0
@@ -204,7 +205,7 @@ class Dist:
       torch.cuda.set_device(self.device)
     elif local_size > 1:  # torchrun's OMP_NUM_THREADS=1 leaves cores idle
       torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-    if self.world_size > 1:  # gloo beside nccl: hosts' decisions bypass GPUs
+    if self.world_size > 1:  # gloo: hosts' decisions bypass GPUs
       faulthandler.register(signal.SIGTERM, chain=True)  # torchrun's to a rank that hangs
       store, rank, size = next(comm.rendezvous("env://"))
       comm.init_process_group("cpu:gloo,cuda:nccl" if self.on_gpu else "gloo", rank=rank, world_size=size,
@@ -227,7 +228,7 @@ class Dist:
       try:
         comm.group.WORLD.monitored_barrier(self.worked, True)
       except RuntimeError:
-        sleep(min(self.rank, 2))  # rank 0, which knows, speaks first
+        sleep(min(self.rank, 2))  # rank 0 knows: first
         raise
     collective(*args, **options)
     watchdog(self.patience or 1e9)
@@ -307,7 +308,7 @@ def check_ids(tokens, vocab_size, source):
   return tokens
 
 class TokenStream:
-  """A split's tokens, shards in name order, without end."""
+  """A split's tokens, shards in name order."""
   def __init__(self, cfg, split):
     self.config, self.folder = cfg, Path(cfg.data_path)
     self.shards = [open_shard(p, cfg.vocab_size) for p in sorted(self.folder.glob(f"fineweb_{split}_*.bin"))]
@@ -315,10 +316,7 @@ class TokenStream:
     self.num_tokens = int(self.starts[-1])
     refuse(self.num_tokens <= cfg.train_seq_len, f"DATA_PATH={self.folder}: {self.num_tokens} tokens in "
       f"{len(self.shards)} fineweb_{split}_*.bin, less than a sequence: {GET_DATA}")
-
-  @cached_property
-  def order(self):
-    return np.random.default_rng(self.config.seed).permutation(self.num_tokens // self.config.train_seq_len)
+    self.order = np.random.default_rng(cfg.seed).permutation(self.num_tokens // cfg.train_seq_len)
 
   def read(self, start, count):
     """Tokens [start, start + count), uint16; the first follows the last."""
@@ -598,7 +596,7 @@ def newton_schulz(x, steps):
   return x.mT if tall else x
 
 class Muon(optim.Optimizer):
-  """Nesterov momentum, orthogonalised; decoupled weight decay; for matrices:
+  """Nesterov momentum, orthogonalised; for matrices:
   W <- (1 - lr * weight_decay) * W - lr * sqrt(max(1, rows / cols)) * newton_schulz(g + momentum * buffer),
   its input's rows normalised if row_norm (PR #1260)."""
   def __init__(self, params, lr, momentum, weight_decay=0.0, steps=5, *, row_norm=False, dist=Dist(),
@@ -683,7 +681,7 @@ def state_of(model, opts, *more):
   return [torch.get_rng_state(), *map(torch.as_tensor, more), *model.state_dict().values(), *slots]
 
 class Checkpoints:
-  """A run's last two states, which rank 0 writes in a thread, aside until whole. facts must not change."""
+  """A run's last two states, which rank 0 writes in a thread. facts must not change."""
   def __init__(self, cfg=Config(), dist=Dist(), facts={}):
     self.config, self.dist, self.facts, self.folder = cfg, dist, facts, Path("logs", cfg.run_id)
     self.header, self.log, self.saved = {}, Log(None), monotonic()
@@ -786,7 +784,6 @@ class Run:
     self.reserve_s, self.checkpoints = 0.0, Checkpoints()
 
   def weights_sha256(self, when):
-    """Logs and returns it, the same on all ranks."""
     weights = b"".join(p.detach().cpu().numpy() for p in self.model.parameters())
     found = [sha256(weights).hexdigest()] * self.dist.world_size
     if len(found) > 1:
@@ -1082,7 +1079,7 @@ def unpack_artifact(data):
     refuse(300 * cfg.num_layers > len(text) or header["tensors"] != (table := tensor_table(cfg)), "other tensors")
     matrices = {name: shape for name, shape, bits in table if bits < 16}
     sizes = [prod(shape) for shape in matrices.values()]
-    refuse(sum(sizes) > 1 << 26, f"{sum(sizes)} values")  # no file can ask for all memory
+    refuse(sum(sizes) > 1 << 26, f"{sum(sizes)} values")
     numbers = [prod(shape) if bits == 16 else shape[0] for _, shape, bits in table]
     stored = np.frombuffer(body, "<f2", sum(numbers))
     refuse(not np.isfinite(stored).all(), "numbers not finite")
@@ -1122,7 +1119,7 @@ def plan_chunks(num_targets, seq_len, stride, chunk_tokens):
   return np.split(windows, np.flatnonzero(np.diff(windows[:, 1] // chunk_tokens)) + 1)
 
 def digest(model):
-  """64 bits, computed where the weights are: their bit patterns, mixed with their places, summed."""
+  """64 bits: the weights' bit patterns, mixed with their places, summed where they are."""
   weights = torch.cat([p.detach().flatten() for p in model.parameters()])
   x, odd = F.pad(weights, (0, len(weights) % 2)).view(torch.int64), 6364136223846793005  # Knuth's, for MMIX
   x = x + torch.arange(len(x), device=x.device) * odd
@@ -1144,6 +1141,7 @@ class Evaluator:
     self.plain = max(1, min(cfg.val_batch_size // per_row, -(-self.num_targets // per_row))), length
     self.adapt_rows = min(-(-cfg.ttt_chunk_tokens // per_row), cfg.micro_batch_tokens // length)
     self.epochs = cfg.ttt_epochs * cfg.ttt_enabled
+    self.muon = build_optimizers(run.model, cfg, run.dist)[0]
 
   def loss_and_bpb(self, nats):
     """Nats a token, bits a byte of the first len(nats) targets."""
@@ -1192,6 +1190,9 @@ class Evaluator:
       nll = self.run.nll(self.run.model, self.tokens[positions], self.tokens[positions + 1])
       ((nll * (positions < end))[: len(starts)].sum() / (end - first)).backward()
     self.run.grads.reduce_and_clip(self.dist, self.config.ttt_grad_clip)
+    if self.config.ttt_muon:  # arXiv:2202.07052
+      (group,) = self.muon.param_groups
+      self.muon.orthogonalize([p.grad for p in group["params"]], group["steps"], self.config.ttt_muon)
     opt.step()
 
   def warm_up(self, with_validation):

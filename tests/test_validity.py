@@ -150,21 +150,27 @@ def tokens(val_tokens):
     return val_tokens[: STRADDLING[-1] + 1]
 
 
+both_steps = pytest.mark.parametrize("ttt_muon", [0.0, 0.3], ids=["sgd", "muon"])
+
+
+@both_steps
 @pytest.mark.parametrize("geometry", [ALIGNED, STRADDLING], ids=["aligned", "straddling"])
-def test_nothing_before_a_change_moves(dataset, token_bytes, tokens, geometry):
-    bench = Bench(dataset, token_bytes, geometry=geometry)
+def test_nothing_before_a_change_moves(dataset, token_bytes, tokens, geometry, ttt_muon):
+    bench = Bench(dataset, token_bytes, geometry=geometry, ttt_muon=ttt_muon)
     for t in change_points(geometry):
         assert causality_faults(bench, tokens, t) == []
 
 
+@both_steps
 @pytest.mark.parametrize("geometry", [ALIGNED, STRADDLING], ids=["aligned", "straddling"])
-def test_each_target_is_scored_once_and_then_trained(dataset, token_bytes, tokens, geometry):
-    assert trace_faults(Bench(dataset, token_bytes, geometry=geometry), tokens) == []
+def test_each_target_is_scored_once_and_then_trained(dataset, token_bytes, tokens, geometry, ttt_muon):
+    assert trace_faults(Bench(dataset, token_bytes, geometry=geometry, ttt_muon=ttt_muon), tokens) == []
 
 
+@both_steps
 @pytest.mark.parametrize("kind", [TrainsFirst, OneTooLong])
-def test_cheating_changes_the_score_and_is_caught(dataset, token_bytes, tokens, kind):
-    honest, cheat = Bench(dataset, token_bytes), Bench(dataset, token_bytes, kind)
+def test_cheating_changes_the_score_and_is_caught(dataset, token_bytes, tokens, kind, ttt_muon):
+    honest, cheat = (Bench(dataset, token_bytes, each, ttt_muon=ttt_muon) for each in (Recorder, kind))
     assert not np.array_equal(honest.evaluate(tokens)[0], cheat.evaluate(tokens)[0])
     assert trace_faults(cheat, tokens)
     assert any(causality_faults(cheat, tokens, t) for t in change_points(ALIGNED))
@@ -193,7 +199,8 @@ def test_adaptation_carries_a_chunk_forward_and_nothing_else_does(dataset, token
 
 def test_no_adaptation_is_the_same_driver_bit_for_bit(dataset, token_bytes, tokens):
     scores = [Bench(dataset, token_bytes, **changes).evaluate(tokens)[0]
-              for changes in (dict(ttt_enabled=False), dict(ttt_lr=0.0), dict(ttt_epochs=0), dict(ttt_max_chunks=0))]
+              for changes in (dict(ttt_enabled=False), dict(ttt_lr=0.0), dict(ttt_epochs=0), dict(ttt_max_chunks=0),
+                              dict(ttt_lr=0.0, ttt_muon=0.3), dict(ttt_epochs=0, ttt_muon=0.3))]
     assert all(np.array_equal(scores[0], other) for other in scores[1:])
     assert not np.array_equal(scores[0], Bench(dataset, token_bytes).evaluate(tokens)[0])
 
@@ -221,19 +228,38 @@ def test_scores_equal_a_loop_over_windows(dataset, token_bytes, tokens):
     np.testing.assert_allclose(nats, expected, atol=2e-5)
 
 
-def test_a_prefix_reproduces_the_full_run(dataset, token_bytes, tokens):
-    full = Bench(dataset, token_bytes).evaluate(tokens)[0]
+@both_steps
+def test_a_prefix_reproduces_the_full_run(dataset, token_bytes, tokens, ttt_muon):
+    full = Bench(dataset, token_bytes, ttt_muon=ttt_muon).evaluate(tokens)[0]
     for prefix in (384, 416):  # at a chunk's end, and inside one
-        nats = Bench(dataset, token_bytes, max_val_tokens=prefix).evaluate(tokens)[0]
+        nats = Bench(dataset, token_bytes, max_val_tokens=prefix, ttt_muon=ttt_muon).evaluate(tokens)[0]
         assert len(nats) == prefix
         assert np.array_equal(nats, full[:prefix])
 
 
-def test_adaptation_learns(dataset, token_bytes, tokens):
+@both_steps
+def test_adaptation_learns(dataset, token_bytes, tokens, ttt_muon):
     """On text that repeats, adapting must help: the check that it trains on the chunk at all, and downhill."""
     repeated = np.resize(tokens[:129], ALIGNED[-1] + 1)
-    adapted, plain = (Bench(dataset, token_bytes, ttt_enabled=on).evaluate(repeated)[0] for on in (True, False))
+    adapted, plain = (Bench(dataset, token_bytes, ttt_enabled=on, ttt_muon=ttt_muon).evaluate(repeated)[0]
+                      for on in (True, False))
     assert adapted[-128:].mean() < 0.9 * plain[-128:].mean()
+
+
+def test_muons_step_is_the_gradient_made_orthogonal_for_matrices_and_plain_sgd_for_the_rest(dataset, token_bytes, tokens):
+    config = tiny_config(dataset, ttt_muon=0.3)
+    moves = []
+    for factor in (0.0, 0.3):
+        run = make_run(replace(config, ttt_muon=factor), random_model(config))
+        before = [p.detach().clone() for p in run.model.parameters()]
+        Evaluator(run, tokens, token_bytes).adapt(0, 128, torch.optim.SGD(run.model.parameters(), lr=0.1))
+        moves.append([(b - p).detach() / 0.1 for b, p in zip(before, run.model.parameters(), strict=True)])
+    matrices = {id(m.weight) for m in run.model.modules() if isinstance(m, torch.nn.Linear)}
+    for p, gradient, move in zip(run.model.parameters(), *moves, strict=True):
+        if id(p) in matrices:
+            rows = torch.nn.functional.normalize(gradient, dim=-1)[None]
+            gradient = 0.3 * max(1, p.size(0) / p.size(1)) ** 0.5 * train_gpt.newton_schulz(rows, 5)[0]
+        torch.testing.assert_close(move, gradient, atol=2e-3, rtol=0.02)
 
 
 def test_the_budget_stops_adaptation_and_can_be_replayed(dataset, token_bytes, tokens, monkeypatch, tmp_path):
