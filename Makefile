@@ -14,7 +14,7 @@ demo: env
 	$(BIN) benchmarks/demo.py $(DEMO_FLAGS)
 
 test: env
-	$(BIN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: env
 	$(BIN) -m pytest -m soak
