@@ -407,12 +407,14 @@ def test_the_evaluation_is_projected_in_warm_up(run_here):
 
 
 def test_eighty_shards_are_checked_in_seconds(dataset, tmp_path):
-    """As many and as large as the published ones, as sparse files; the last one has a bad token in its middle."""
+    """As many and as large as the published ones, at the record's sequence length, as sparse files; the last one has a
+    bad token in its middle."""
     for name in ["val_000000"] + [f"train_{i:06}" for i in range(80)]:
         path = tmp_path / f"fineweb_{name}.bin"
         write_shard(path, [], count=100_000_000)
         os.truncate(path, 1024 + 200_000_000)
-    settings = TINY | dataset | dict(DATA_PATH=tmp_path, PREFLIGHT_ONLY=1, EVAL_MAX_SECONDS=0)
+    length = dict.fromkeys(("TRAIN_SEQ_LEN", "TRAIN_BATCH_TOKENS", "MICRO_BATCH_TOKENS", "TTT_CHUNK_TOKENS"), 2048)
+    settings = TINY | dataset | length | dict(DATA_PATH=tmp_path, PREFLIGHT_ONLY=1, MAX_VAL_TOKENS=0, EVAL_MAX_SECONDS=0)
     start = time.monotonic()
     good = run_process(tmp_path, settings)
     assert good.code == 0 and time.monotonic() - start < 20, good.output
