@@ -133,6 +133,12 @@ def test_a_rank_that_hangs_where_nothing_is_expected_ends_the_job_within_a_minut
     assert not processes_of(mark)
 
 
+def test_of_four_ranks_the_one_that_hangs_is_named(dataset, tmp_path):
+    """The others lose their connections when rank 0 ends, and must not be quicker than it."""
+    hung = run_with(tmp_path, dataset, "step 1 hang 3", ranks=4)
+    assert hung.code != 0 and "Ranks 3 failed to pass monitoredBarrier" in hung.output[hung.output.rindex("Root Cause"):]
+
+
 @pytest.mark.parametrize("fault", ["write 4 pause 0", "write 11 pause 0", "write 14 pause 0"])
 def test_a_slow_disk_ends_nobody(dataset, tmp_path, fault):
     """In training, after it, in the evaluation: 40 s, longer than ranks wait for each other."""
