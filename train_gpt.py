@@ -240,11 +240,11 @@ class Dist:
     return tensor
 
   def gather(self, part):
-    """All ranks' parts in order, and what waits for them."""
+    """All ranks' parts in order, and what waits."""
     if self.world_size == 1:
       return part, lambda: None
     whole = part.new_empty(self.world_size * len(part), *part.shape[1:])
-    return whole, comm.all_gather_into_tensor(whole, part, async_op=True).wait
+    return whole, partial(self.meet, comm.all_gather_into_tensor(whole, part, async_op=True).wait)
 
   def from_master(self, make):
     box = [make() if self.is_master else None]
@@ -332,7 +332,7 @@ class TokenStream:
     return check_ids(np.hstack(parts), self.config.vocab_size, self.folder)
 
   def micro_batches(self, step, dist):
-    """Inputs and targets, int64 [micro_batch_tokens / L, L], of this rank's share of the step."""
+    """Inputs and targets, int64 [micro_batch_tokens / L, L], of this rank's share."""
     cfg, length = self.config, self.config.train_seq_len
     share = cfg.train_batch_tokens // length // dist.world_size
     first = (step * dist.world_size + dist.rank) * share

@@ -16,7 +16,7 @@ import train_gpt  # noqa: E402
 PLACES = dict(
     step=(train_gpt, "train_step"), write=(os, "fsync"), gradients=(train_gpt.FlatGradients, "reduce_and_clip"),
     read=(train_gpt.TokenStream, "read"), quantize=(train_gpt, "quantize"),
-    score=(train_gpt.Evaluator, "score"), adapt=(train_gpt.Evaluator, "adapt"),
+    gather=(train_gpt.Dist, "gather"), score=(train_gpt.Evaluator, "score"), adapt=(train_gpt.Evaluator, "adapt"),
 )
 
 

@@ -113,7 +113,8 @@ def test_a_rank_that_hangs_or_is_frozen_ends_the_job_within_a_minute(dataset, tm
 
 
 @pytest.mark.parametrize("fault", [
-    "read 1 hang 1", "step 1 hang 1", "step 2 hang 0", "score 4 hang 1", "quantize 3 hang 1", "quantize 3 stop 0"])
+    "read 1 hang 1", "step 1 hang 1", "gather 3 hang 1", "step 2 hang 0", "score 4 hang 1", "quantize 3 hang 1",
+    "quantize 3 stop 0"])
 def test_a_rank_that_hangs_where_nothing_is_expected_ends_the_job_within_a_minute(dataset, tmp_path, fault):
     """In the start, the warm-up, validation, and while the artifact is made: those who wait for it end, rank 0 says for
     whom it waited, and torchrun ends the rest."""
@@ -128,7 +129,7 @@ def test_a_rank_that_hangs_where_nothing_is_expected_ends_the_job_within_a_minut
         assert "Ranks 1 failed to pass monitoredBarrier" in ending, hung.output
     else:  # then nobody counts; those who wait for rank 0 show that they do
         assert "in meet" in hung.output and re.search(r"rank\s*: 1 ", ending), hung.output
-    if fault[:4] in ("read", "step"):  # after the warm-up SIGTERM is for checkpoints
+    if fault[:4] in ("read", "step", "gath"):  # after the warm-up SIGTERM is for checkpoints
         assert "faults.py" in hung.output and "in wrapped" in hung.output  # where the other one hung
     assert not processes_of(mark)
 
