@@ -54,7 +54,7 @@ class Config:
   run_id = ""
   val_nll_path = ""
   resume = ""
-  checkpoint_every_seconds = 60.0
+  checkpoint_every_seconds = 90.0
   checkpoint_every_steps = 0
   preflight_only = False
   seed = 1337  # what follows a resumed run must not change
@@ -681,11 +681,10 @@ def state_of(model, opts, *more):
   return [torch.get_rng_state(), *map(torch.as_tensor, more), *model.state_dict().values(), *slots]
 
 class Checkpoints:
-  """A run's last two states, which rank 0 writes in a thread. facts must not change."""
+  """A run's last two states, which rank 0 writes in a thread, aside until whole. facts must not change."""
   def __init__(self, cfg=Config(), dist=Dist(), facts={}):
     self.config, self.dist, self.facts, self.folder = cfg, dist, facts, Path("logs", cfg.run_id)
-    self.header, self.log, self.saved = {}, Log(None), monotonic()
-    self.thread = ThreadPoolExecutor(1, "", os.nice, [19])  # only idle cores
+    self.header, self.log, self.saved, self.thread = {}, Log(None), monotonic(), ThreadPoolExecutor(1)
     self.writing = self.thread.submit(int)
 
   def files(self):

@@ -4,7 +4,7 @@
     MODEL_DIM=512 NUM_HEADS=8 NUM_KV_HEADS=4 TRAIN_BATCH_TOKENS=2048 python benchmarks/checkpoint.py --steps 20
 
 The copy of the state stops training, writing and hashing it go on beside; both are in what is shown as its cost. The
-share is that of CHECKPOINT_EVERY_SECONDS (60 by default): what training loses.
+share is that of CHECKPOINT_EVERY_SECONDS (90 by default): what training loses.
 """
 import argparse
 import os
