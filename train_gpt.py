@@ -1189,7 +1189,7 @@ class Evaluator:
       nll = self.run.nll(self.run.model, self.tokens[positions], self.tokens[positions + 1])
       ((nll * (positions < end))[: len(starts)].sum() / (end - first)).backward()
     self.run.grads.reduce_and_clip(self.dist, self.config.ttt_grad_clip)
-    if self.config.ttt_muon:  # arXiv:2202.07052
+    if self.config.ttt_muon:  # Orthogonal-SGDM, arXiv:2202.07052
       (group,) = self.muon.param_groups
       self.muon.orthogonalize([p.grad for p in group["params"]], group["steps"], self.config.ttt_muon)
     opt.step()
