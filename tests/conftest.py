@@ -17,6 +17,8 @@ import torch
 import train_gpt
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# Otherwise the script chooses by timing, and bits depend on the number of threads.
+os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 VOCAB_SIZE = 384
 # Every technique at a size that trains in seconds: 3 layers, a skip, grouped heads, averaging, at least 4 TTT chunks.
 TINY = dict(
@@ -96,12 +98,11 @@ def run_here(dataset, tmp_path, monkeypatch):
 
 
 def run_process(folder: Path, settings: dict, ranks: int = 1, script: Path = Path("train_gpt.py"),
-                restarts: int = 0) -> Finished:
-    """Runs the script as a person would, alone or under torchrun, in this folder."""
+                *torchrun: str) -> Finished:
+    """Runs the script as a person would, alone or under torchrun (with these options), in this folder."""
     launcher = [sys.executable]
     if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-                     f"--max-restarts={restarts}"]
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *torchrun]
     done = subprocess.run([*launcher, str(REPOSITORY / script)], cwd=folder, env=environment(settings),
                           capture_output=True, text=True, timeout=300)
     return Finished(folder / "logs" / settings.get("RUN_ID", ""), done.stdout + done.stderr, done.returncode)

@@ -36,11 +36,11 @@ def outcome(folder: Path) -> dict:
                 score=(submission["val_loss"], submission["val_bpb"], submission["chunks_adapted"]))
 
 
-def run_with(folder: Path, settings: dict, fault: str = "", ranks: int = 1, restarts: int = 0):
+def run_with(folder: Path, settings: dict, fault: str = "", ranks: int = 1, *torchrun: str):
     """The script in a process of its own, with a fault; the nats go where outcome looks for them."""
     settings = SAVING | dict(RUN_ID="run", VAL_NLL_PATH=f"logs/{settings.get('RUN_ID', 'run')}/nats.npy") | settings
     (folder / settings["VAL_NLL_PATH"]).parent.mkdir(parents=True, exist_ok=True)
-    return run_process(folder, settings | dict(FAULT=fault), ranks, FAULTS, restarts)
+    return run_process(folder, settings | dict(FAULT=fault), ranks, FAULTS, *torchrun)
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +224,7 @@ def test_a_rank_that_dies_ends_the_job_and_a_restart_resumes_it(dataset, tmp_pat
     ending = dead.output[dead.output.rindex("Root Cause"):]
     assert re.search(r"rank\s*: 1 ", ending) and says in ending, dead.output  # the last thing printed is about that rank
     assert not processes_of(mark)
-    restarted = run_with(tmp_path, dataset | dict(RUN_ID="again"), fault, ranks=2, restarts=1)
+    restarted = run_with(tmp_path, dataset | dict(RUN_ID="again"), fault, 2, "--max-restarts=1")
     assert restarted.code == 0 and "goes on from" in restarted.output, restarted.output
     resumed = run_with(tmp_path, dataset | dict(RESUME="auto"), ranks=2)
     assert resumed.code == 0, resumed.output

@@ -2,6 +2,7 @@
 clock that is read now and then, ranks that share Newton-Schulz. And the benchmarks run."""
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -120,6 +121,21 @@ def test_a_cpu_takes_the_written_out_attention_unless_told_otherwise(run_here):
     assert other.losses == pytest.approx(run.losses, abs=1e-4)
 
 
+def test_a_back_end_that_is_wrong_or_fails_is_not_chosen_however_fast(dataset, tmp_path, monkeypatch):
+    """As on a GPU, which tries all of them."""
+    faults = dict(flash=lambda y: y * float("nan"), cudnn=lambda y: 1.05 * y, fa3=lambda y: y / y.missing)
+    for name, work in faults.items():
+        monkeypatch.setitem(BACK_ENDS, name, lambda *args, work=work: work(attend_by_products(*args)))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    dist = train_gpt.Dist()
+    dist.on_gpu = True
+    choice = train_gpt.choose_attention(tiny_config(dataset), dist, train_gpt.Log(tmp_path))
+    lines = (tmp_path / "train.log").read_text()
+    assert choice == "products" and lines.count("other than products") == 2 and "AttributeError" in lines
+    with pytest.raises(train_gpt.UserError, match="ATTENTION=flash fails"):
+        train_gpt.choose_attention(tiny_config(dataset, attention="flash"), dist, train_gpt.Log(None))
+
+
 # ---- Compiling
 
 
@@ -177,6 +193,25 @@ def test_without_a_compiler_or_pythons_headers_nothing_is_compiled(dataset, monk
     monkeypatch.setattr(getattr(train_gpt, module), function, lambda name: result)
     config = tiny_config(dataset, compile="auto", iterations=500, max_wallclock_seconds=60.0)
     assert train_gpt.settle(config, train_gpt.Dist()).compile == "0"
+
+
+@pytest.mark.parametrize("seconds, expected", [
+    ({4: 1.0, 2: 1.7, 1: 3.2}, 4),  # nothing else runs
+    ({4: 1.0, 2: 0.9, 1: 1.1}, 4),  # no clear gain: what is usual stays
+    ({4: 3.0, 2: 1.7, 1: 3.2}, 2),
+    ({4: 9.0, 2: 8.0, 1: 3.2}, 1),  # the cores are others'
+])
+def test_a_cpu_gets_fewer_threads_where_these_are_clearly_faster(dataset, monkeypatch, seconds, expected):
+    """The rule alone, with a clock of our own: what it sees on a busy machine is in README.md."""
+    now = [4]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: now.__setitem__(0, threads))
+    monkeypatch.setattr(train_gpt.timeit, "timeit", lambda work, number: (work(), number * seconds[now[0]])[1])
+    config = tiny_config(dataset)  # OMP_NUM_THREADS is set here: it holds
+    assert now == [4]
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    train_gpt.settle(config, train_gpt.Dist())
+    assert now == [expected]
 
 
 # ---- The clock
@@ -326,6 +361,24 @@ def test_importing_is_quick_because_nothing_is_compiled_or_read():
 
 
 # ---- GPU
+
+
+@pytest.mark.parametrize("ours, mutated, complaint", [
+    ("", "", None),
+    ("loss += part.detach()", "loss += part.item()", "training: the host waits"),
+    ("self.mask = nn.Buffer(causal_mask(cfg), persistent=False)", "self.mask = causal_mask(cfg)", "device"),
+])
+def test_on_fake_cuda_tensors_no_devices_mix_and_the_step_waits_for_nothing(tmp_path, ours, mutated, complaint):
+    """And it finds a script that does."""
+    (tmp_path / "tests").mkdir()
+    shutil.copy(REPOSITORY / "tests/fake_cuda.py", tmp_path / "tests")
+    script = (REPOSITORY / "train_gpt.py").read_text()
+    assert ours in script
+    (tmp_path / "train_gpt.py").write_text(script.replace(ours, mutated) if ours else script)
+    done = subprocess.run([sys.executable, "tests/fake_cuda.py"], cwd=tmp_path, capture_output=True, text=True)
+    if done.stderr.startswith("skipped"):
+        pytest.skip(done.stderr)
+    assert complaint in done.stderr and done.returncode == 1 if complaint else done.returncode == 0, done.stderr
 
 
 @pytest.mark.gpu
