@@ -47,7 +47,7 @@ def refuse(wrong, why=""):
 
 @dataclass(frozen=True)
 class Config:
-  """The record's values: see README.md. 0 turns limits, clipping, GPTQ and checkpoints off."""
+  """The record's values: see README.md."""
   # Data and run
   data_path = "data/datasets/fineweb10B_sp1024"
   tokenizer_path = "data/tokenizers/fineweb_1024_bpe.model"
@@ -72,7 +72,7 @@ class Config:
   rope_base = 10000.0
   relu_slope = 0.5
   xsa_last_n = 11
-  # Training; batches over all ranks
+  # Training
   train_seq_len = 2048  # L
   train_batch_tokens = 786_432
   iterations = 20_000
@@ -117,7 +117,7 @@ class Config:
   ttt_chunk_tokens = 32_768  # C
   ttt_grad_clip = 1.0
   ttt_max_chunks = -1
-  # Machine; auto and 0: see settle
+  # Machine: see settle
   device = "auto"
   compute_dtype = "auto"
   attention = "auto"
@@ -141,10 +141,11 @@ class Config:
     if int(env.get("TORCHELASTIC_MAX_RESTARTS", 0)):
       values.setdefault("resume", "auto")
     cfg = cls(**values)
-    refuse(problems + ([] if cfg.artifact else cfg.problems()))  # else in main
+    refuse(problems + cfg.problems() * (not cfg.artifact))  # else in main
     return cfg
 
   def problems(self):
+    """The rules that are broken."""
     value = vars(self)
     rules = [(name, 0 < value[name] < 2**31, "be positive, below 2**31") for name in POSITIVE]
     rules += [(name, -(name == "ttt_max_chunks") <= x < 2**31, "be from 0 on, below 2**31")
@@ -203,7 +204,7 @@ class Dist:
       gpus = torch.cuda.device_count()
       refuse(local_size > gpus, f"{local_size} processes on {gpus} GPUs: lower --nproc_per_node, or set DEVICE=cpu")
       torch.cuda.set_device(self.device)
-      self.worked = 300.0  # until expect: some ranks may compile what others find in a cache
+      self.worked = 300.0  # caches differ by GPU: others may compile
     elif local_size > 1:  # torchrun's OMP_NUM_THREADS=1 leaves cores idle
       torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if self.world_size > 1:  # gloo: hosts' decisions bypass GPUs
@@ -221,8 +222,8 @@ class Dist:
     watchdog(self.patience or 1e9)
 
   def meet(self, collective, *args, **options):
-    """Waits 5 s longer than expected, so that who hangs ends first; with nothing expected 24 s, or as long as this
-    rank worked alone: rank 0 names them."""
+    """Waits 5 s longer than expected, so that who hangs ends first; if nothing is, 24 s or as long as this rank
+    worked alone: rank 0 names them."""
     self.worked = max(self.worked, monotonic() - self.since)
     watchdog((self.patience or self.worked) + 5)
     try:
@@ -270,8 +271,8 @@ class Log:
     self.folder, self.start = folder, monotonic()
     if folder:
       folder.mkdir(parents=True, exist_ok=True)
-      mode = "a" if keep else "w"
-      self.text, self.records = (open(folder / name, mode, 1) for name in ("train.log", "metrics.jsonl"))
+      self.text, self.records = (open(folder / name, "a" if keep else "w", 1)
+        for name in ("train.log", "metrics.jsonl"))
       self.records.truncate(min(keep, self.records.tell()))
 
   def __call__(self, line="", event="", *, console=True, **record):
@@ -309,7 +310,6 @@ def check_ids(tokens, vocab_size, source):
   return tokens
 
 class TokenStream:
-  """A split's tokens, shards in name order."""
   def __init__(self, cfg, split):
     self.config, self.folder = cfg, Path(cfg.data_path)
     self.shards = [open_shard(p, cfg.vocab_size) for p in sorted(self.folder.glob(f"fineweb_{split}_*.bin"))]
@@ -377,7 +377,6 @@ def rms_norm(x):
   return F.rms_norm(x, x.shape[-1:])
 
 class Linear(nn.Linear):
-  """Cast to the input's dtype."""
   def forward(self, x):
     return F.linear(x, self.weight.to(x.dtype))
 
@@ -436,7 +435,7 @@ def rotate(x, rope):
 
 def attend_by_products(q, k, v, mask):
   """q (B, S, H, E), k, v (B, T, K, E) -> (B, S, H, E). mask: causal_mask, or the queries' rows of it
-  (B, 1, 1, S, T). Blocks of queries leave out most later keys: on CPUs in bf16 2-3x PyTorch's speed."""
+  (B, 1, 1, S, T). Blocks of queries leave out most later keys: on CPUs faster than PyTorch's."""
   q = (q * q.size(-1) ** -0.5).unflatten(2, (k.size(2), -1)).permute(0, 2, 3, 1, 4)  # (B, K, H/K, S, E)
   k, v, size, parts = k.transpose(1, 2), v.transpose(1, 2), max(128, k.size(1) // 8), []
   for first, part in zip(range(0, q.size(3), size), q.split(size, 3)):
@@ -503,7 +502,6 @@ class MLP(nn.Module):
     return self.proj(F.leaky_relu(self.fc(x), self.slope).square())
 
 class Block(nn.Module):
-  """Mixes x with x0, adds attention and MLP, scaled by dimension."""
   def __init__(self, cfg, layer):
     super().__init__()
     ones = torch.ones(cfg.model_dim)
@@ -573,10 +571,9 @@ class FlatGradients:
   """One buffer for all gradients; each .grad is a view, so no zero_grad()."""
   def __init__(self, model):
     params = list(model.parameters())
-    sizes = [p.numel() for p in params]
-    self.flat = torch.zeros(sum(sizes), device=params[0].device)
+    self.flat = torch.zeros_like(nn.utils.parameters_to_vector(params))
     self.skipped = self.flat.new_zeros(2)  # steps in all, in a row
-    for p, view in zip(params, self.flat.split(sizes)):
+    for p, view in zip(params, self.flat.split([p.numel() for p in params])):
       p.grad = view.view_as(p)
 
   def reduce_and_clip(self, dist, max_norm):
@@ -639,14 +636,13 @@ class Muon(optim.Optimizer):
     return updates
 
 def build_optimizers(model, cfg, dist):
-  matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
-  tables = [model.tok_emb.weight, model.bigram.embed.weight]
-  controls = [p for name, p in model.named_parameters() if ".weight" not in name]
-  assert sorted(map(id, matrices + tables + controls)) == sorted(map(id, model.parameters()))
+  matrices, tables, controls = [], [], []
+  for name, p in model.named_parameters():
+    (tables if "emb" in name else matrices if ".weight" in name else controls).append(p)
   muon = Muon(matrices, cfg.matrix_lr, cfg.muon_momentum, cfg.weight_decay, cfg.muon_backend_steps,
     row_norm=cfg.muon_row_norm, dist=dist, dtype=model.dtype)
-  groups = [dict(params=tables, lr=cfg.tied_embed_lr), dict(params=controls, lr=cfg.scalar_lr)]
-  adamw = optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+  adamw = optim.AdamW([dict(params=tables, lr=cfg.tied_embed_lr), dict(params=controls, lr=cfg.scalar_lr)],
+    betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
   for group in muon.param_groups + adamw.param_groups:
     group["base_lr"] = group["lr"]
   return [muon, adamw]
@@ -696,7 +692,7 @@ class Checkpoints:
     resume, problems = self.config.resume, []
     for path in self.files()[::-1] if resume == "auto" else [Path(resume)] * bool(resume):
       try:
-        text, state = split_sized(unseal(np.memmap(plain(path), mode="r"), CHECKPOINT_MAGIC), 1 << 20)
+        text, state = split_sized(unseal(np.memmap(plain(path), mode="r"), CHECKPOINT_MAGIC))
         header = loads(bytes(text)) | dict(path=str(path), damaged=problems)
         others = [f"{name}={there!r:.40} there, {here!r} here" for name, here in self.facts.items()
           if (there := header["facts"].get(name)) != here]
@@ -707,8 +703,8 @@ class Checkpoints:
       refuse(others, f"{path} is another run's, use its settings and script: {', '.join(others)}")
       self.data = state
       return header
-    if not resume and self.files() and not (self.folder / "submission.json").exists():
-      problems = [f"{self.folder} has an unfinished run: RESUME=auto continues it, another RUN_ID does not"]
+    refuse(not resume and self.files() and not (self.folder / "submission.json").exists(),
+      f"{self.folder} has an unfinished run: RESUME=auto continues it, another RUN_ID does not")
     refuse(problems)
     return {}
 
@@ -762,7 +758,7 @@ class Checkpoints:
 def sized(data):
   return len(data).to_bytes(4, "little") + data
 
-def split_sized(data, most=inf):
+def split_sized(data, most=1 << 20):
   end = 4 + min(int.from_bytes(data[:4], "little"), most)
   return data[4:end], data[end:]
 
@@ -784,7 +780,7 @@ class Run:
     self.reserve_s, self.checkpoints = 0.0, Checkpoints()
 
   def weights_sha256(self, when):
-    weights = b"".join(p.detach().cpu().numpy() for p in self.model.parameters())
+    weights = b"".join(p.numpy(force=True) for p in self.model.parameters())
     found = [sha256(weights).hexdigest()] * self.dist.world_size
     if len(found) > 1:
       self.dist.meet(comm.all_gather_object, found, found[0])
@@ -857,7 +853,7 @@ def warm_up(run, stream, opts, scorer):
   cfg, saved = run.config, deepcopy(run.model.state_dict())
   if stream:
     for step in range(cfg.warmup_steps):
-      train_step(run, list(stream.micro_batches(step, run.dist)), opts, 1.0, cfg.muon_momentum_warmup_start)
+      train_step(run, stream.micro_batches(step, run.dist), opts, 1.0, cfg.muon_momentum_warmup_start)
       run.log(f"warmup_step:{step + 1}/{cfg.warmup_steps}")
     start, most = run.dist.now(), cfg.max_wallclock_seconds / 8
     error_moments(run, stream, 0, seconds=most or inf)
@@ -1043,8 +1039,7 @@ def entropy_decode(classes, freqs, states, words):
 
 def pack_artifact(cfg, stored, values):
   """values: int8 matrices; stored: fp16, a matrix's steps by row, or another tensor."""
-  settings = {name: getattr(cfg, name) for name in MODEL_SETTINGS}
-  header = dumps(dict(config=settings, tensors=tensor_table(cfg))).encode()
+  header = dumps(dict(config={name: getattr(cfg, name) for name in MODEL_SETTINGS}, tensors=tensor_table(cfg))).encode()
   flat = np.hstack([value.cpu().numpy().ravel() for value in values.values()])
   widths = np.hstack([np.full(*value.shape) for value in values.values()])
   # Rows with root mean squares within a quarter octave are a class with its frequencies.
@@ -1067,33 +1062,34 @@ def unseal(data, magic):
 def unpack_artifact(data):
   """What pack_artifact got; UserError, before much is allocated, if anything is off."""
   try:
-    frame, words = split_sized(unseal(data, ARTIFACT_MAGIC))
+    frame, words = split_sized(unseal(data, ARTIFACT_MAGIC), inf)
     size = zstd.frame_content_size(frame)
     refuse(not 0 <= size < 1 << 26, f"a body of {size} bytes")
-    text, body = split_sized(memoryview(zstd.decompress(frame)), 1 << 20)
+    text, body = split_sized(memoryview(zstd.decompress(frame)))
     header = loads(bytes(text))
     settings = {name: type(getattr(Config, name))(header["config"][name]) for name in MODEL_SETTINGS}
-    fitting = dict.fromkeys(("train_batch_tokens", "ttt_chunk_tokens", "eval_stride"), settings["train_seq_len"])
-    cfg = Config(**settings, **fitting)
+    length = settings["train_seq_len"]
+    cfg = Config(**settings, train_batch_tokens=length, ttt_chunk_tokens=length, eval_stride=length)
     refuse(cfg.problems())
     refuse(300 * cfg.num_layers > len(text) or header["tensors"] != (table := tensor_table(cfg)), "other tensors")
     matrices = {name: shape for name, shape, bits in table if bits < 16}
-    sizes = [prod(shape) for shape in matrices.values()]
-    refuse(sum(sizes) > 1 << 26, f"{sum(sizes)} values")
-    numbers = [prod(shape) if bits == 16 else shape[0] for _, shape, bits in table]
-    stored = np.frombuffer(body, "<f2", sum(numbers))
+    size = sum(map(prod, matrices.values()))
+    refuse(size > 1 << 26, f"{size} values")
+    halves = {name: shape if bits == 16 else shape[:1] for name, shape, bits in table}
+    stored = np.frombuffer(body, "<f2", sum(map(prod, halves.values())))
     refuse(not np.isfinite(stored).all(), "numbers not finite")
     widths = np.hstack([np.full(*shape) for shape in matrices.values()])
-    classes = np.frombuffer(body, np.uint8, len(widths), offset := stored.nbytes)
-    freqs = np.frombuffer(body, "<u2", 64 * 256, offset := offset + classes.nbytes).reshape(64, 256)
-    states = np.frombuffer(body, "<u4", -1, offset + freqs.nbytes)
-    flat = entropy_decode(np.repeat(classes, widths), freqs, states, np.frombuffer(words, "<u2"))
+    cuts = np.cumsum([stored.nbytes, len(widths), 2 * 64 * 256])
+    _, classes, freqs, states = np.split(np.frombuffer(body, np.uint8), cuts)
+    freqs, states, words = freqs.view("<u2").reshape(64, 256), states.view("<u4"), np.frombuffer(words, "<u2")
+    flat = entropy_decode(np.repeat(classes, widths), freqs, states, words)
   except Exception as e:
     raise UserError(f"artifact is inconsistent ({e!s:.200}): use the script that wrote it") from e
-  parts = torch.tensor(stored).split(numbers)
-  stored = {name: part.view(shape if bits == 16 else -1) for (name, shape, bits), part in zip(table, parts)}
-  parts = torch.from_numpy(flat.view(np.int8)).split(sizes)
-  return cfg, stored, {name: part.view(matrices[name]) for name, part in zip(matrices, parts)}
+  return cfg, tensors_of(stored, halves), tensors_of(flat.view(np.int8), matrices)
+
+def tensors_of(numbers, shapes):
+  parts = torch.tensor(numbers).split([prod(shape) for shape in shapes.values()])
+  return {name: part.view(shapes[name]) for name, part in zip(shapes, parts)}
 
 def decode_artifact(data):
   """Model settings, fp32 weights."""
@@ -1164,7 +1160,7 @@ class Evaluator:
       positions = first + self.offsets[:stride]
       at = None if stride == self.length else (positions - start).clamp(max=self.length - 1)
       nll = self.run.nll(self.run.model, self.tokens[start + self.offsets], self.tokens[positions + 1], at)
-      nats.scatter_(0, torch.where(positions < end, positions - int(begin), count).flatten(), nll.flatten())
+      nats[torch.where(positions < end, positions - int(begin), count)] = nll
     return self.dist.sum_(nats[:count]).cpu().numpy()
 
   def score_first(self, count, rows, stride):
@@ -1204,11 +1200,11 @@ class Evaluator:
     if with_validation:
       self.score_first(count, *self.plain)
     start, sgd, times = dist.now(), optim.SGD(self.run.model.parameters(), lr=0.0), self.num_targets / count
-    def took(work):  # the first time compiles, others may be disturbed
-      return min(timeit.repeat(work, timer=dist.now, repeat=4, number=1))
-    score_s = took(lambda: self.score_first(count, rows, stride)) * times * self.length / (stride * rows)
+    def took(work):  # the first compiles, others may be disturbed
+      return times * min(timeit.repeat(work, timer=dist.now, repeat=4, number=1))
+    score_s = took(lambda: self.score_first(count, rows, stride)) * self.length / (stride * rows)
     score_s /= -(-self.length // stride // rows)
-    adapt_s = took(lambda: self.adapt(0, count, sgd)) * times * self.epochs / self.adapt_rows if self.epochs else 0.0
+    adapt_s = took(lambda: self.adapt(0, count, sgd)) * self.epochs / self.adapt_rows if self.epochs else 0.0
     self.tokens, self.warm_up_s = tokens, dist.now() - start
     self.run.log(f"evaluation projected: scoring:{score_s:.0f}s adapting:{adapt_s:.0f}s", "projection",
       score_s=score_s, adapt_s=adapt_s, warm_up_s=self.warm_up_s)
@@ -1250,13 +1246,13 @@ class Evaluator:
           "adapt_stop", chunk=index)
         adapting = False
       if adapting:
-        first, edge = index * size, (index + 1) * size  # all scored: windows are left
+        first = index * size  # all scored: windows are left
         sgd.param_groups[0]["lr"] = lr = cfg.ttt_lr * (1 + cos(pi * index / last_of_split)) / 2
         for _ in range(epochs):
-          self.adapt(first, edge, sgd)
+          self.adapt(first, first + size, sgd)
         last = dist.now() - start
         seconds[1, index] = last - now
-        run.log("", "adapt", chunk=index, first=first, end=edge, lr=lr, seconds=last - now)
+        run.log("", "adapt", chunk=index, first=first, end=first + size, lr=lr, seconds=last - now)
       dist.expect(20 + 10 * seconds.max(1).sum())
       clock[:] = index + 1, last, total, adapting
       run.checkpoints.reached(index + 1, final=not left)
@@ -1289,14 +1285,6 @@ def preflight(cfg, dist, targets):
 def load_artifact(path, dist):
   return decode_artifact(dist.from_master(lambda: plain(path).open("rb").read(1 << 26)))
 
-def fastest_threads(cfg):
-  """How many CPU threads to use: fewer if they are faster, as where others work, since all wait for the last."""
-  mlp, x, most = MLP(cfg), torch.ones(2048, cfg.model_dim), torch.get_num_threads()
-  def seconds(threads):
-    torch.set_num_threads(threads)
-    return timeit.timeit(lambda: mlp(x), number=20) * (1 if threads == most else 1.25)
-  return min((most >> i for i in range(most.bit_length())), key=seconds)
-
 def settle(cfg, dist):
   """Makes the automatic choices."""
   length, ranks = cfg.train_seq_len, dist.world_size
@@ -1305,8 +1293,12 @@ def settle(cfg, dist):
   fitting = max(length, 98_304 if dist.on_gpu else 2048)
   micro = cfg.micro_batch_tokens or max(n for n in range(length, fitting + 1, length) if share % n == 0)
   refuse(share % micro, f"MICRO_BATCH_TOKENS={micro} must divide {share}, one rank's")
-  if not dist.on_gpu and "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(fastest_threads(cfg))
+  if not dist.on_gpu and "OMP_NUM_THREADS" not in os.environ:  # fewer where others work: all wait for the last
+    work, most = partial(MLP(cfg), torch.ones(2048, cfg.model_dim)), torch.get_num_threads()
+    def seconds(threads):
+      torch.set_num_threads(threads)
+      return timeit.timeit(work, number=20) * 1.25 ** (threads < most)
+    torch.set_num_threads(min((most >> i for i in range(most.bit_length())), key=seconds))
   if (dtype := cfg.compute_dtype) == "auto":  # bf16 is far slower on some CPUs
     squares = [torch.ones(256, 256, dtype=each) for each in DTYPES.values()]
     bf16_s, fp32_s = (min(timeit.repeat(lambda x=x: x @ x, number=1)) for x in squares)
@@ -1326,7 +1318,7 @@ def describe(log, cfg, dist, code, fresh):
       (log.folder / name).unlink(missing_ok=True)
     log(code.decode(), console=False)
   hardware = torch.cuda.get_device_name() if dist.on_gpu else os.uname().machine
-  versions = {module.__name__: module.__version__ for module in (torch, np, spm, zstd)}
+  versions = {m.__name__: m.__version__ for m in (torch, np, spm, zstd)}
   versions |= dict(python=sys.version.split()[0], cuda=torch.version.cuda)
   log(f"world_size:{dist.world_size} device:{hardware} cpu_threads:{torch.get_num_threads()} {versions}",
     "start", world_size=dist.world_size, hardware=hardware, versions=versions, settings=vars(cfg))
