@@ -94,7 +94,7 @@ def run_once(settings: dict[str, str], seed: int, key: str, arm: str, jobs: int 
     with tempfile.TemporaryDirectory(prefix="ablate_") as folder:
         shutil.copy(REPOSITORY / "train_gpt.py", folder)
         env = os.environ | settings | dict(SEED=str(seed), RUN_ID=key, VAL_NLL_PATH="", CHECKPOINT_EVERY_SECONDS="0")
-        if jobs > 1:
+        if jobs > 1 or "OMP_NUM_THREADS" not in env:  # else each run chooses for itself
             env["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // jobs))
         for name in ("DATA_PATH", "TOKENIZER_PATH"):
             env[name] = os.path.abspath(env.get(name, getattr(train_gpt.Config, name.lower())))

@@ -90,6 +90,7 @@ def test_after_a_failure_no_further_run_starts(settings, monkeypatch, tmp_path):
 
 def test_runs_at_once_get_their_share_of_the_cores(settings, monkeypatch):
     seen = []
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
 
     def run(command, *, env, **options):
         seen.append(env.get("OMP_NUM_THREADS"))
@@ -97,10 +98,13 @@ def test_runs_at_once_get_their_share_of_the_cores(settings, monkeypatch):
 
     monkeypatch.setattr(ablate.subprocess, "run", run)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    for jobs in (2, 8, 16):
+    for jobs in (2, 8, 16, 1):
         with pytest.raises(SystemExit, match="stopped here"):
             ablate.run_once(ablate.shared_settings(), 1, "key", "", jobs)
-    assert seen == ["4", "1", "1"]
+    monkeypatch.delenv("OMP_NUM_THREADS")  # or the script would choose, for each arm
+    with pytest.raises(SystemExit, match="stopped here"):
+        ablate.run_once(ablate.shared_settings(), 1, "key", "", 1)
+    assert seen == ["4", "1", "1", "3", "8"]
     with pytest.raises(SystemExit, match="--jobs 2 with 3 arms"):
         main(monkeypatch, "", "SEED=1", "SEED=2", "--results", "none", "--jobs", "2")
 

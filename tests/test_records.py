@@ -40,8 +40,8 @@ def run_script(folder: Path, dataset: dict, script: Path = REPOSITORY / "train_g
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as the runs: the same bits
+def no_threads_given(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")  # for the same bits the tools must take the runs'
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def packaged(folders: list[Path], out: Path, *more: str) -> tuple[int, list[Path
 def record(finished, tmp_path_factory) -> Path:
     """A folder in the non-record track: a CPU is no 8xH100."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.delenv("OMP_NUM_THREADS")
         status, (folder,) = packaged(finished, tmp_path_factory.mktemp("records"), "--baseline-bpb", "9")
     assert status == 0
     return folder
