@@ -57,7 +57,7 @@ def uninterrupted(dataset, tmp_path_factory):
 @pytest.mark.parametrize("fault, saved", [
     ("step 13 kill", "1_train"),  # in training: two of these are warm-up
     ("write 4 kill", "1_train"),  # the file is there, under its other name
-    ("adapt 20 kill", "2_evaluate"),
+    ("adapt 22 kill", "2_evaluate"),
 ])
 def test_killed_and_resumed_ends_with_the_same_bits(uninterrupted, dataset, tmp_path, fault, saved):
     killed = run_with(tmp_path, dataset, fault)
@@ -70,7 +70,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(uninterrupted, dataset, tmp_
     assert outcome(resumed.folder) == outcome(uninterrupted.folder)
 
 
-@pytest.mark.parametrize("fault", ["step 9 term", "adapt 14 int"])
+@pytest.mark.parametrize("fault", ["step 9 term", "adapt 16 int"])
 def test_a_signal_ends_the_run_with_a_checkpoint_of_that_moment(uninterrupted, dataset, tmp_path, fault):
     # Nothing is saved by itself: what there is to resume is due to the signal.
     stopped = run_with(tmp_path, dataset | dict(CHECKPOINT_EVERY_STEPS=0, CHECKPOINT_EVERY_SECONDS=0), fault)
@@ -366,7 +366,7 @@ def test_a_step_with_finite_gradients_is_what_it_was_without_the_check(dataset):
 
 
 def test_many_such_steps_end_the_run_and_name_the_last_good_checkpoint(dataset, tmp_path):
-    ended = run_with(tmp_path, dataset, "gradients 15- spoil")
+    ended = run_with(tmp_path, dataset, "gradients 17- spoil")
     last = ended.output.splitlines()[-1]
     assert ended.code == 1 and re.search(r"no finite gradients in [5-9] steps", last), ended.output
     assert "RESUME=auto continues from logs/run/checkpoints/1_train" in last
@@ -374,7 +374,7 @@ def test_many_such_steps_end_the_run_and_name_the_last_good_checkpoint(dataset, 
 
 
 def test_a_single_such_step_is_skipped_and_counted(dataset, tmp_path):
-    run = run_with(tmp_path, dataset, "gradients 16 spoil")  # four calls are warm-up's
+    run = run_with(tmp_path, dataset, "gradients 18 spoil")  # six calls are warm-up's
     assert run.code == 0 and "skipped:1" in run.output, run.output
     assert [r["skipped"] for r in run.events("train")] == [0] * 11 + [1] * 9
 

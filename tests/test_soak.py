@@ -85,7 +85,7 @@ def test_killed_while_a_checkpoint_is_written(dataset, tmp_path, place):
 
 
 @pytest.mark.parametrize("fault", [
-    "quantize 3 kill", "quantize 15 kill", "score 5 kill", "score 18 kill", "adapt 7 kill"])
+    "quantize 3 kill", "quantize 15 kill", "score 7 kill", "score 20 kill", "adapt 9 kill"])
 def test_killed_in_quantisation_and_evaluation(dataset, tmp_path, fault):
     whole = run_with(tmp_path, dataset | dict(RUN_ID="whole"))
     assert run_with(tmp_path, dataset, fault).code == -signal.SIGKILL
@@ -95,7 +95,7 @@ def test_killed_in_quantisation_and_evaluation(dataset, tmp_path, fault):
 
 
 @pytest.mark.parametrize("fault", [
-    "step 9 hang 1", "step 9 stop 1", "step 9 hang 0", "adapt 12 hang 1", "step 9 stop 0"])
+    "step 9 hang 1", "step 9 stop 1", "step 9 hang 0", "adapt 14 hang 1", "step 9 stop 0"])
 def test_a_rank_that_hangs_or_is_frozen_ends_the_job_within_a_minute(dataset, tmp_path, fault):
     """However seldom torchrun looks (by itself ten times a second): a peer that ended at once would be named instead."""
     mark = f"fault_mark_{time.time_ns()}"
@@ -114,7 +114,7 @@ def test_a_rank_that_hangs_or_is_frozen_ends_the_job_within_a_minute(dataset, tm
 
 
 @pytest.mark.parametrize("fault", [
-    "read 1 hang 1", "step 1 hang 1", "gather 3 hang 1", "step 2 hang 0", "score 4 hang 1", "quantize 3 hang 1",
+    "read 1 hang 1", "step 1 hang 1", "gather 3 hang 1", "step 2 hang 0", "score 6 hang 1", "quantize 3 hang 1",
     "quantize 3 stop 0"])
 def test_a_rank_that_hangs_where_nothing_is_expected_ends_the_job_within_a_minute(dataset, tmp_path, fault):
     """In the start, the warm-up, validation, and while the artifact is made: those who wait for it end, rank 0 says for
