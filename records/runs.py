@@ -148,8 +148,8 @@ def find(path: str, option: str, given: Path | None) -> Path:
 def score_again(run: FinishedRun, artifact: Path, data: Path, tokenizer: Path, folder: Path, targets: int,
                 **settings) -> tuple[dict, np.ndarray]:
     """Runs the run's script on its artifact in `folder`, over the first `targets` targets of the split: what it
-    reports, and nats fp32 [targets]. Settings and CPU threads are the run's, but for these settings and those of another
-    machine (the environment's OMP_NUM_THREADS holds); on GPUs with DETERMINISTIC=1."""
+    reports, and nats fp32 [targets]. Settings and CPU threads are the run's, but for these settings and those of
+    another machine (the environment's OMP_NUM_THREADS holds); on GPUs with DETERMINISTIC=1."""
     import torch
 
     again = {name: value for name, value in run.settings.items() if name not in NOT_THE_RECIPE}
@@ -166,7 +166,7 @@ def score_again(run: FinishedRun, artifact: Path, data: Path, tokenizer: Path, f
              for name, value in (again | settings).items()}
     print(f"  ... scoring {targets:,} targets with {run.script}", flush=True)
     (folder / "nats.npy").unlink(missing_ok=True)
-    if threads := re.search(r"cpu_threads:(\d{1,4})\b", run.log.read_text(errors="replace")):  # else chosen by speed, too
+    if threads := re.search(r"cpu_threads:(\d{1,4})\b", run.log.read_text(errors="replace")):  # else speed decides
         names["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", threads[1])
     done = subprocess.run([sys.executable, str(run.script.resolve())], cwd=folder, capture_output=True, text=True,
                           env={name: value for name, value in os.environ.items() if name not in LAUNCHER} | names)

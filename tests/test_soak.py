@@ -97,7 +97,7 @@ def test_killed_in_quantisation_and_evaluation(dataset, tmp_path, fault):
 @pytest.mark.parametrize("fault", [
     "step 9 hang 1", "step 9 stop 1", "step 9 hang 0", "adapt 14 hang 1", "step 9 stop 0"])
 def test_a_rank_that_hangs_or_is_frozen_ends_the_job_within_a_minute(dataset, tmp_path, fault):
-    """However seldom torchrun looks (by itself ten times a second): a peer that ended at once would be named instead."""
+    """However seldom torchrun looks (by itself 10 times a second): a peer that ended at once would be named instead."""
     mark = f"fault_mark_{time.time_ns()}"
     begin = time.monotonic()
     hung = run_with(tmp_path, dataset | dict(MARK=mark), fault, 2, "--monitor-interval=1.5")
