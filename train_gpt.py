@@ -221,7 +221,7 @@ class Dist:
     self.patience, self.worked, self.since = min(seconds, 1e9), 24.0, monotonic()
     watchdog(self.patience or 1e9)
 
-  def meet(self, collective, *args, **options):
+  def meet(self, collective, *args):
     """Waits 5 s longer than expected, so that who hangs ends first; if nothing is, 24 s or as long as this rank
     worked alone: rank 0 names them."""
     self.worked = max(self.worked, monotonic() - self.since)
@@ -229,7 +229,7 @@ class Dist:
     try:
       if self.world_size > 1 > self.patience:
         comm.group.WORLD.monitored_barrier(self.worked, True)
-      collective(*args, **options)
+      collective(*args)
     except RuntimeError:
       sleep(min(self.rank + self.patience, 2))  # first who ended, or rank 0, which knows
       raise
@@ -284,8 +284,7 @@ class Log:
       print(dumps(dict(event=event, since_start_s=monotonic() - self.start) | record), file=self.records)
 
 # ---- Data
-# Shards: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens. Step and seed say what
-# is trained on, across documents.
+# Shards: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 GET_DATA = "run python data/build_dataset.py or data/cached_challenge_fineweb.py, set what it prints"
 
@@ -371,29 +370,28 @@ def load_tokenizer(cfg):
   return tokenizer
 
 # ---- Model
-# Pre-norm, weightless RMSNorm, no biases. Weights are fp32, cast where used.
+# Pre-norm, weightless RMSNorm, no biases. Weights are fp32, cast where used. Gains act on norms' factors, scales on
+# weights: their gradients read no activations.
 
-def rms_norm(x):
-  return F.rms_norm(x, x.shape[-1:])
+def rms_norm(x, gain=1):
+  power = x.float().square().mean(-1, keepdim=True)
+  return (x * (gain * (power + 1.2e-7).rsqrt())).to(x.dtype)
 
 class Linear(nn.Linear):
-  def forward(self, x):
-    return F.linear(x, self.weight.to(x.dtype))
+  def forward(self, x, scale=1):
+    return F.linear(x, (self.weight.T * scale).T.to(x.dtype))
 
 class BigramHash(nn.Module):
   """A hashed table of token pairs, projected to width D (PR #264)."""
   def __init__(self, cfg):
     super().__init__()
-    self.buckets = cfg.bigram_vocab_size - 1  # the last row: position 0
+    self.last = cfg.bigram_vocab_size - 1  # row of position 0
     self.embed = nn.Embedding(cfg.bigram_vocab_size, cfg.bigram_dim)
     self.proj = Linear(cfg.bigram_dim, cfg.model_dim, bias=False)
     self.scale = nn.Parameter(torch.tensor(0.05))
-  def hash(self, tokens):
-    """Rows of the table, int64 [B, T]."""
-    bucket = ((36313 * tokens[:, 1:]) ^ (27191 * tokens[:, :-1])) % self.buckets
-    return F.pad(bucket, (1, 0), value=self.buckets)
   def forward(self, tokens, dtype):
-    return self.proj(self.embed(self.hash(tokens)).to(dtype)) * self.scale.to(dtype)
+    rows = ((36313 * tokens[:, 1:]) ^ (27191 * tokens[:, :-1])) % self.last
+    return self.proj(self.embed(F.pad(rows, (1, 0), value=self.last)).to(dtype), self.scale)
 
 class SmearGate(nn.Module):
   """Blends in the position before (modded-nanogpt; PR #264)."""
@@ -401,8 +399,7 @@ class SmearGate(nn.Module):
     super().__init__()
     self.gate = nn.Parameter(torch.zeros(dim))
   def forward(self, x):
-    gate = self.gate.sigmoid().to(x.dtype)
-    return (1 - gate) * x + gate * F.pad(x, (0, 0, 1, -1))  # zeros before position 0
+    return x.lerp(F.pad(x, (0, 0, 1, -1)), self.gate.sigmoid().to(x.dtype))  # zeros before position 0
 
 class Attention(nn.Module):
   """Causal grouped-query attention (arXiv:2305.13245), RoPE (arXiv:2104.09864), normalised q and k, query gain; XSA
@@ -410,22 +407,25 @@ class Attention(nn.Module):
   def __init__(self, cfg, layer):
     super().__init__()
     self.exclusive = layer >= cfg.num_layers - cfg.xsa_last_n
-    self.heads, self.kv_heads, dim = cfg.num_heads, cfg.num_kv_heads, cfg.model_dim
-    kv_dim = dim // self.heads * self.kv_heads
+    dim = cfg.model_dim
+    kv_dim = dim // cfg.num_heads * cfg.num_kv_heads
     self.c_q, self.c_k, self.c_v, self.proj = (Linear(dim, n, bias=False) for n in (dim, kv_dim, kv_dim, dim))
-    self.q_gain = nn.Parameter(torch.full((self.heads, 1), cfg.qk_gain_init))
+    self.q_gain = nn.Parameter(torch.full((cfg.num_heads, 1), cfg.qk_gain_init))
     self.back_end = BACK_ENDS.get(cfg.attention, attend_by_products)
-  def forward(self, x, rope, mask, at):
-    asking, rope_q = (x, rope) if at is None else (x.take_along_dim(at[..., None], 1), rope[:, at])
-    q = self.c_q(asking).unflatten(-1, (self.heads, -1))  # (B, S, H, E)
-    k, v = (c(x).unflatten(-1, (self.kv_heads, -1)) for c in (self.c_k, self.c_v))  # (B, T, K, E)
-    q, k = rotate(rms_norm(q), rope_q) * self.q_gain.to(x.dtype), rotate(rms_norm(k), rope)
+  def forward(self, x, rope, mask, at, scale):
+    if at is None:  # reads x once
+      rope_q, weights = rope, (self.c_q.weight, self.c_k.weight, self.c_v.weight)
+      qkv = F.linear(x, torch.cat(weights).to(x.dtype)).split([len(w) for w in weights], -1)
+    else:
+      rope_q, qkv = rope[:, at], (self.c_q(x.take_along_dim(at[..., None], 1)), self.c_k(x), self.c_v(x))
+    q, k, v = (t.unflatten(-1, (-1, 2 * rope.size(-1))) for t in qkv)  # (B, S, H, E), (B, T, K, E)
+    q, k = rotate(rms_norm(q, self.q_gain), rope_q), rotate(rms_norm(k), rope)
     y = self.back_end(q, k, v, mask) if at is None else attend_by_products(q, k, v, mask[at][:, None, None])
     if self.exclusive:
       own = v if at is None else v.take_along_dim(at[..., None, None], 1)
-      own, y = F.normalize(own, dim=-1)[:, :, :, None], y.unflatten(2, (self.kv_heads, -1))  # (B, S, K, H/K, E)
+      own, y = F.normalize(own, dim=-1)[:, :, :, None], y.unflatten(2, (v.size(2), -1))  # (B, S, K, H/K, E)
       y = y - (y * own).sum(-1, keepdim=True) * own
-    return self.proj(y.flatten(2))
+    return self.proj(y.flatten(2), scale)
 
 def rotate(x, rope):
   """x (B, T, heads, E): dimension i turns with i + E/2. rope: cos, sin (2, [B,] T, 1, E/2)."""
@@ -498,8 +498,8 @@ class MLP(nn.Module):
     super().__init__()
     dim, hidden, self.slope = cfg.model_dim, int(cfg.mlp_mult * cfg.model_dim), cfg.relu_slope
     self.fc, self.proj = Linear(dim, hidden, bias=False), Linear(hidden, dim, bias=False)
-  def forward(self, x):
-    return self.proj(F.leaky_relu(self.fc(x), self.slope).square())
+  def forward(self, x, scale=1):
+    return self.proj(F.leaky_relu(self.fc(x), self.slope).square(), scale)
 
 class Block(nn.Module):
   def __init__(self, cfg, layer):
@@ -512,9 +512,9 @@ class Block(nn.Module):
     """(B, T, D) -> (B, T, D), or (B, S, D) at positions (B, S)."""
     mix = self.resid_mix.to(x.dtype)
     x = mix[0] * x + mix[1] * x0
-    attended = self.attn(rms_norm(x), rope, mask, at)
-    x = (x if at is None else x.take_along_dim(at[..., None], 1)) + self.attn_scale.to(x.dtype) * attended
-    return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x))
+    attended = self.attn(rms_norm(x), rope, mask, at, self.attn_scale)
+    x = (x if at is None else x.take_along_dim(at[..., None], 1)) + attended
+    return x + self.mlp(rms_norm(x), self.mlp_scale)
 
 class GPT(nn.Module):
   """int64 [B, T] -> logits fp32 [B, T, V], T <= L. U-Net skips join the halves of the blocks, last to first."""
@@ -541,7 +541,7 @@ class GPT(nn.Module):
   def embed(self, tokens):
     """int64 [B, T] -> (B, T, D)."""
     return self.smear(rms_norm(self.tok_emb(tokens).to(self.dtype) + self.bigram(tokens, self.dtype)))
-  def hidden(self, tokens, at):
+  def hidden(self, tokens, at=None):
     """int64 [B, T] -> (B, T, D), or (B, S, D) at positions (B, S): the last block does less."""
     x0, num_skips, T = self.embed(tokens), len(self.skip_weights), tokens.size(1)
     rope, mask = self.rope[:, :T], self.mask[:T, :T]
@@ -549,7 +549,7 @@ class GPT(nn.Module):
     for index, block in enumerate(self.blocks):
       if index >= num_skips and skips:
         x = x + self.skip_weights[index - num_skips].to(x.dtype) * skips.pop()
-      x = block(x, x0, rope, mask, at if index == len(self.blocks) - 1 else None)
+      x = block(x, x0, rope, mask, at if block is self.blocks[-1] else None)
       if index < num_skips:
         skips.append(x)
     return x
@@ -559,7 +559,7 @@ class GPT(nn.Module):
   def nll(self, x, targets):
     return F.cross_entropy(self.logits(x).flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
   def forward(self, tokens):
-    return self.logits(self.hidden(tokens, None))
+    return self.logits(self.hidden(tokens))
 
 def token_nll(model, tokens, targets, at=None):
   """Nats of each target: int64 [B, T] and [B, S] -> fp32 [B, S]."""
@@ -856,7 +856,7 @@ def warm_up(run, stream, opts, scorer):
       train_step(run, stream.micro_batches(step, run.dist), opts, 1.0, cfg.muon_momentum_warmup_start)
       run.log(f"warmup_step:{step + 1}/{cfg.warmup_steps}")
     start, most = run.dist.now(), cfg.max_wallclock_seconds / 8
-    error_moments(run, stream, 0, seconds=most or inf)
+    error_moments(run, stream, 0, most or inf)
     run.reserve_s = min(1.1 * (run.dist.now() - start), most)
   scorer.warm_up(stream)
   for opt in opts:
@@ -958,7 +958,7 @@ def encode_artifact(state_dict, cfg, *, moments={}, limit=inf, dist=Dist()):
     tensors[name] = w = state_dict[name].detach().float()
     refuse(not (w.half() if bits == 16 else w).isfinite().all(), f"{name} is not finite: lower the learning rates")
     if bits < 16:
-      finest = w.abs().amax(1) / (2 ** (bits - 1) - 1)  # PR #264 floored it at 1/127
+      finest = w.abs().amax(1) / (2 ** (bits - 1) - 1)
       cost = finest**-2
       if moments:  # mean: for what batches did not show
         cost = (moments[name][1] + moments[name][1].mean()) / w.size(1)
@@ -1314,7 +1314,7 @@ def describe(log, cfg, dist, code, fresh):
   if log.folder and fresh:
     (log.folder / "train_gpt.py").write_bytes(code)
     shutil.rmtree(log.folder / "checkpoints", ignore_errors=True)
-    for name in ("submission.json", "artifact.bin")[: 1 if cfg.artifact else 2]:
+    for name in ("submission.json", "artifact.bin")[: 2 - bool(cfg.artifact)]:
       (log.folder / name).unlink(missing_ok=True)
     log(code.decode(), console=False)
   hardware = torch.cuda.get_device_name() if dist.on_gpu else os.uname().machine
@@ -1351,7 +1351,7 @@ def train_and_store(run, stream, opts, scorer, code):
   run.weights_sha256("after training")
   cfg = run.config
   limit, left = cfg.max_artifact_bytes, (cfg.max_wallclock_seconds or inf) - progress["train_s"]
-  moments, start = error_moments(run, stream, progress["step"], seconds=left), monotonic()
+  moments, start = error_moments(run, stream, progress["step"], left), monotonic()
   data = encode_artifact(run.model.state_dict(), cfg, moments=moments, limit=limit - len(code), dist=run.dist)
   if run.dist.is_master:
     write_whole(run.log.folder / "artifact.bin", [data])

@@ -26,21 +26,35 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 # ---- The seed's design, written for this model: what it computes is the same
 
 
-class SeedAttention(train_gpt.Attention):
-    """Heads before positions: q, k, v are transposed first, the result is copied back."""
+def rms_norm(x):
+    return F.rms_norm(x, x.shape[-1:])
 
-    def forward(self, x, rope, mask, at):
+
+class SeedAttention(train_gpt.Attention):
+    """A product each for q, k, v, heads before positions: they are transposed first, the result is copied back."""
+
+    def forward(self, x, rope, mask, at, scale):
         B, T, D = x.shape
-        q = self.c_q(x).reshape(B, T, self.heads, -1).transpose(1, 2)
-        k, v = (c(x).reshape(B, T, self.kv_heads, -1).transpose(1, 2) for c in (self.c_k, self.c_v))
-        rope = rope.squeeze(2)  # (2, T, E/2)
-        q = train_gpt.rotate(train_gpt.rms_norm(q), rope) * self.q_gain.to(x.dtype)[:, None]
-        k = train_gpt.rotate(train_gpt.rms_norm(k), rope)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads)
+        E = 2 * rope.size(-1)
+        q, k, v = (c(x).reshape(B, T, -1, E).transpose(1, 2) for c in (self.c_q, self.c_k, self.c_v))
+        rope, group = rope.squeeze(2), q.size(1) // k.size(1)  # (2, T, E/2)
+        q = train_gpt.rotate(rms_norm(q), rope) * self.q_gain.to(x.dtype)[:, None]
+        k = train_gpt.rotate(rms_norm(k), rope)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
         if self.exclusive:  # the seed has no XSA; as PR #265 wrote it
-            own = F.normalize(v.repeat_interleave(self.heads // self.kv_heads, 1), dim=-1)
+            own = F.normalize(v.repeat_interleave(group, 1), dim=-1)
             y = y - (y * own).sum(-1, keepdim=True) * own
-        return self.proj(y.transpose(1, 2).contiguous().reshape(B, T, D))
+        return self.proj(y.transpose(1, 2).contiguous().reshape(B, T, D)) * scale.to(x.dtype)
+
+
+class SeedBlock(train_gpt.Block):
+    """Scales act on activations."""
+
+    def forward(self, x, x0, rope, mask, at=None):
+        mix = self.resid_mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        x = x + self.attn(rms_norm(x), rope, mask, at, self.attn_scale)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x))
 
 
 class SeedMuon(train_gpt.Muon):
@@ -73,7 +87,9 @@ class Arm:
         self.muon, self.adamw = train_gpt.build_optimizers(self.run.model, self.run.config, self.run.dist)
         if self.seed:
             for block in self.run.model.blocks:
-                block.attn.__class__ = SeedAttention
+                block.__class__, block.attn.__class__ = SeedBlock, SeedAttention
+                if self.run.config.compile == "blocks":
+                    block.forward = train_gpt.compiled(SeedBlock.forward.__get__(block))
             self.muon.__class__ = SeedMuon
             if self.run.config.compile == "1":
                 self.muon.newton_schulz = torch.compile(train_gpt.newton_schulz)
