@@ -3,6 +3,7 @@
     python benchmarks/step.py                                      train_gpt.py as it is, and the seed's design
     python benchmarks/step.py "" ATTENTION=flash COMPILE=0         each argument an arm; "" is train_gpt.py's own choice
     python benchmarks/step.py "" "seed COMPILE=0" --steps 10       the word seed: PR #264's design, see Seed below
+    python benchmarks/step.py "" "/tmp/mine.py COMPILE=0"          a path: another version of the script
     MODEL_DIM=256 NUM_HEADS=8 python benchmarks/step.py            settings of all arms
 
 Without settings: the record model with a batch of 98,304 tokens on a GPU, a small one on a CPU (timing.py). All arms
@@ -76,15 +77,18 @@ class Arm:
 
     def __init__(self, text: str):
         words, parts = text.split(), [part for part in text.split() if "=" in part]
+        scripts = [part for part in words if part.endswith(".py") and part not in parts]
         self.name, self.seed = text or "train_gpt.py", "seed" in words
-        if unknown := set(words) - set(parts) - {"seed"}:
-            raise SystemExit(f"error: {' '.join(unknown)}: an arm is NAME=value settings and perhaps the word seed")
+        if (unknown := set(words) - set(parts) - set(scripts) - {"seed"}) or len(scripts) + self.seed > 1:
+            raise SystemExit(f"error: {' '.join(unknown) or text}: an arm is NAME=value settings and perhaps the word "
+                             "seed or the path of a script")
+        self.script = timing.load_script(scripts[0]) if scripts else train_gpt
         settings = dict(part.split("=", 1) for part in parts)
         if self.seed:  # it compiles the model as one graph, with the flash kernel
             settings = dict(ATTENTION="flash", COMPILE="1") | settings
-        self.run = timing.make_run(settings)
-        self.stream = train_gpt.TokenStream(self.run.config, "train")
-        self.muon, self.adamw = train_gpt.build_optimizers(self.run.model, self.run.config, self.run.dist)
+        self.run = timing.make_run(settings, self.script)
+        self.stream = self.script.TokenStream(self.run.config, "train")
+        self.muon, self.adamw = self.script.build_optimizers(self.run.model, self.run.config, self.run.dist)
         if self.seed:
             for block in self.run.model.blocks:
                 block.__class__, block.attn.__class__ = SeedBlock, SeedAttention
@@ -99,7 +103,7 @@ class Arm:
         """As train_gpt.train takes them."""
         for _ in range(count):
             batch = list(self.stream.micro_batches(self.done, self.run.dist))
-            loss = train_gpt.train_step(self.run, batch, [self.muon, self.adamw], 1.0, 0.95)
+            loss = self.script.train_step(self.run, batch, [self.muon, self.adamw], 1.0, 0.95)
             self.losses.append(loss)
             self.done += 1
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import os
 import shutil
 import statistics
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -33,14 +35,25 @@ def defaults() -> dict[str, str]:
     return {name: str(value) for name, value in (ON_GPU if on_gpu else ON_CPU).items()}
 
 
-def make_run(settings: dict[str, str]) -> train_gpt.Run:
-    """A run as train_gpt.main makes it, from the defaults above, then the environment, then these settings. Without
+def load_script(path: str) -> ModuleType:
+    """Another train_gpt.py, beside this one."""
+    if not Path(path).is_file():
+        raise SystemExit(f"error: {path}: no such script")
+    name = f"script_{len(sys.modules)}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_run(settings: dict[str, str], script: ModuleType = train_gpt) -> train_gpt.Run:
+    """A run as the script's main makes it, from the defaults above, then the environment, then these settings. Without
     shards under DATA_PATH it gets random ones: what is timed does not depend on them."""
-    config = train_gpt.Config.from_env(defaults() | dict(os.environ) | settings)
+    config = script.Config.from_env(defaults() | dict(os.environ) | settings)
     if not any(Path(config.data_path).glob("fineweb_train_*.bin")):
         config = replace(config, data_path=random_shards(config.vocab_size))
-    dist = train_gpt.Dist(config.device)
-    return train_gpt.build_run(train_gpt.settle(config, dist), dist, train_gpt.Log(None))
+    dist = script.Dist(config.device)
+    return script.build_run(script.settle(config, dist), dist, script.Log(None))
 
 
 def random_shards(vocab_size: int, tokens: int = 1 << 22, count: int = 1) -> str:

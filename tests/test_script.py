@@ -215,9 +215,9 @@ def test_what_cannot_fit_is_a_valid_smaller_artifact_and_the_run_says_so(run_her
 def test_gptq_gets_what_training_leaves_of_the_time(run_here, monkeypatch):
     given, moments = [], train_gpt.error_moments
 
-    def spy(run, stream, first_step, **seconds):
-        given.append((first_step, seconds.get("seconds")))
-        return moments(run, stream, first_step, **seconds)
+    def spy(run, stream, first_step, seconds):
+        given.append((first_step, seconds))
+        return moments(run, stream, first_step, seconds)
 
     monkeypatch.setattr(train_gpt, "error_moments", spy)
     run = run_here(ITERATIONS=5, MAX_WALLCLOCK_SECONDS=50)

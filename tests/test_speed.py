@@ -332,12 +332,21 @@ def benchmark(name: str, *arguments: str, **settings) -> str:
     return done.stdout
 
 
-def test_the_step_benchmark_compares_arms_that_learn_alike():
-    output = benchmark("step.py", "", "seed COMPILE=0", "--steps", "2", "--repeats", "2")
-    assert len(re.findall(r"tokens/s +[\d,]+ \([\d,]+ to [\d,]+\)", output)) == 2
-    assert re.search(r"train_gpt.py against it: [\d.]+ \([\d.]+ to [\d.]+\) times as fast", output)
-    ours, seeds = map(float, re.findall(r"mean loss of the last \d+ of \d+ steps: ([\d.]+)", output))
-    assert abs(ours - seeds) < 0.02
+def test_the_step_benchmark_compares_arms_that_learn_alike(tmp_path):
+    """And another version of the script, here one that learns faster."""
+    script = (REPOSITORY / "train_gpt.py").read_text()
+    (tmp_path / "other.py").write_text(script.replace("matrix_lr = 0.02", "matrix_lr = 0.05"))
+    output = benchmark("step.py", "", "seed COMPILE=0", f"{tmp_path}/other.py", "--steps", "2", "--repeats", "2")
+    assert len(re.findall(r"tokens/s +[\d,]+ \([\d,]+ to [\d,]+\)", output)) == 3
+    assert len(re.findall(r"train_gpt.py against it: [\d.]+ \([\d.]+ to [\d.]+\) times as fast", output)) == 2
+    ours, seeds, others = map(float, re.findall(r"mean loss of the last \d+ of \d+ steps: ([\d.]+)", output))
+    assert abs(ours - seeds) < 0.02 and others != ours
+
+
+@pytest.mark.parametrize("arm", ["seed other.py", "nowhere.py", "fast"])
+def test_the_step_benchmark_names_an_arm_that_is_none(arm):
+    with pytest.raises(AssertionError, match=arm.split()[-1]):
+        benchmark("step.py", "", arm)
 
 
 def test_the_evaluation_benchmark_compares_arms_that_score_alike():
