@@ -30,14 +30,14 @@ clean:
 
 env: $(VENV)/ready
 
-# An installed torch 2.9 to 2.13 is used, not replaced, and then only what is missing is installed. Otherwise everything
+# An installed torch 2.9 to 2.14 is used, not replaced, and then only what is missing is installed. Otherwise everything
 # is, at the pinned versions. The .pth file is for a $(PYTHON) that is itself in a virtual environment: a new one made
 # with --system-site-packages sees the packages of the base Python only.
 $(VENV)/ready: requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: $(PYTHON) is Python %d.%d, 3.11 or newer is needed: make PYTHON=python3.11 ..." % sys.version_info[:2])'
 	@test ! -e $(VENV) -o -e $(VENV)/made-here || { echo "error: $(VENV) was not made by this Makefile: remove it, or make VENV=another ..."; exit 1; }
 	rm -rf $(VENV)
-	@if $(PYTHON) -c 'import sys, torch; sys.exit(not (2, 9) <= tuple(map(int, torch.__version__.split(".")[:2])) <= (2, 13))' 2>/dev/null; then \
+	@if $(PYTHON) -c 'import sys, torch; sys.exit(not (2, 9) <= tuple(map(int, torch.__version__.split(".")[:2])) <= (2, 14))' 2>/dev/null; then \
 		echo "using the installed torch; installing only what is missing"; \
 		$(PYTHON) -m venv --system-site-packages $(VENV) && touch $(VENV)/made-here && \
 		site='import sysconfig; print(sysconfig.get_path("purelib"))' && \

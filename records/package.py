@@ -193,7 +193,7 @@ def commands(run: FinishedRun) -> str:
     replay = f"TTT_MAX_CHUNKS={run.last['adapt_stop']['chunk']} EVAL_MAX_SECONDS=0 " if "adapt_stop" in run.last else ""
     ranks = run.last["start"]["world_size"]
     launch = "python" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks}"
-    lines = ["pip install -r requirements.txt  # or a torch from 2.9 to 2.13 of your own",
+    lines = ["pip install -r requirements.txt  # or a torch from 2.9 to 2.14 of your own",
              f"# chosen by the machine, or set: {text(*sorted(settled))}",
              f"export {paths}{text(*changed)}".rstrip(), f"SEED={run.seed} {launch} train_gpt.py",
              f"{replay}SEED={run.seed} ARTIFACT=artifact_seed{run.seed}.bin {launch} train_gpt.py  # only evaluate"]

@@ -191,9 +191,13 @@ def test_training_stops_before_the_limit(run_here):
                    WARMDOWN_ITERS=3000)
     last = run.events("train")[-1]
     assert len(run.events("val")) > 2, "validation must not count"
-    assert 1.0 < last["train_s"] <= 2.0 and last["lr_factor"] < 0.1
+    # 1/8 is kept for GPTQ at most. From 1.75 s less the slowest of the last ten steps on none starts, so the last one
+    # started less than two before; its learning rate fell over 0.58 of the limit.
+    slowest = np.diff([0, *(r["train_s"] for r in run.events("train"))])[-10:].max()
+    assert 1.75 - slowest < last["train_s"] <= 2.0 and last["lr_factor"] < 2 * slowest / (0.58 * 1.75)
     _, moments = run.events("moments")  # in the warm-up, and after training
-    assert last["train_s"] + moments["seconds"] <= 2.0, "GPTQ's batches are training time"
+    late = last["train_s"] + moments["seconds"] - 2.0  # the last batch may take twice what those before it foretold
+    assert moments["batches"] > 1 and late <= moments["seconds"] / moments["batches"], "they are training time"
 
 
 def test_the_artifact_is_brought_below_the_limit(run_here):
