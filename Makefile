@@ -1,5 +1,5 @@
 # The two commands of README.md, on a machine with only Python 3.11 or newer, make, gcc and git.
-#   make demo   environment, corpus, then the real script at a small size, with a table at the end (about 10 minutes)
+#   make demo   environment, corpus, then the real script at a small size, with a table at the end (5 to 8 minutes)
 #   make test   environment, then all tests (about 6 minutes on two cores)
 #   make soak   the long ones: random kills, hanging ranks, 100,000 hostile files for each loader (more than an hour)
 

@@ -57,7 +57,7 @@ class Config:
   checkpoint_every_seconds = 90.0
   checkpoint_every_steps = 0
   preflight_only = False
-  seed = 1337  # what follows a resumed run must not change
+  seed = 1337  # from here on fixed for RESUME: [8:] in main
   # Model
   vocab_size = 1024
   num_layers = 11
@@ -145,7 +145,7 @@ class Config:
     return cfg
 
   def problems(self):
-    """The rules that are broken."""
+    """The broken rules."""
     value = vars(self)
     rules = [(name, 0 < value[name] < 2**31, "be positive, below 2**31") for name in POSITIVE]
     rules += [(name, -(name == "ttt_max_chunks") <= x < 2**31, "be from 0 on, below 2**31")
@@ -326,7 +326,7 @@ class TokenStream:
       index = np.searchsorted(self.starts, position, "right") - 1
       shard = self.shards[index]
       changed = os.path.getsize(shard.filename) != shard.offset + shard.nbytes
-      refuse(changed, f"{shard.filename} has changed: put it back")  # reading beyond its end kills
+      refuse(changed, f"{shard.filename} has changed: put it back")  # reading past its end kills
       parts.append(shard[position - self.starts[index] :][: end - start])
       start += len(parts[-1])
     return check_ids(np.hstack(parts), self.config.vocab_size, self.folder)
@@ -413,7 +413,7 @@ class Attention(nn.Module):
     self.q_gain = nn.Parameter(torch.full((cfg.num_heads, 1), cfg.qk_gain_init))
     self.back_end = BACK_ENDS.get(cfg.attention, attend_by_products)
   def forward(self, x, rope, mask, at, scale):
-    if at is None:  # reads x once
+    if at is None:  # one read
       rope_q, weights = rope, (self.c_q.weight, self.c_k.weight, self.c_v.weight)
       qkv = F.linear(x, torch.cat(weights).to(x.dtype)).split([len(w) for w in weights], -1)
     else:
@@ -467,10 +467,10 @@ def choose_attention(cfg, dist, log):
   """What is asked for, if it works; auto: products, on GPUs the fastest that agrees."""
   names, seconds, expected = [cfg.attention], {}, []
   if names == ["auto"]:
-    names = list(BACK_ENDS)[: (2 if cfg.deterministic else 4) if dist.on_gpu else 1]  # two repeat
+    names = list(BACK_ENDS)[: 1 + dist.on_gpu * (1 if cfg.deterministic else 3)]  # first 2 repeat bits
   mask = causal_mask(cfg).to(dist.device)
-  q, k, v = (mask.new_empty(8, len(mask), heads, cfg.model_dim // cfg.num_heads).normal_().requires_grad_()
-    for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads))
+  q, k, v = (mask.new_empty(cfg.micro_batch_tokens // len(mask), len(mask), heads, cfg.model_dim // cfg.num_heads)
+    .normal_().requires_grad_() for heads in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads))
   for name in names:
     try:
       attend, found = compiled(BACK_ENDS[name]) if cfg.compile == "1" and dist.on_gpu else BACK_ENDS[name], []
@@ -484,7 +484,7 @@ def choose_attention(cfg, dist, log):
       refuse(not all((a - b).norm() <= 0.02 * b.norm() for a, b in zip(found, expected)), "other than products")
       seconds[name] = took
     except Exception as reason:
-      log(f"attention {name}: {reason!r:.100}")
+      log(f"attention {name}: {reason!r:.999}")
   refuse(not seconds, f"ATTENTION={cfg.attention} fails, see above")
   choice = dist.from_master(lambda: min(seconds, key=seconds.get))
   log(f"attention:{choice} of {seconds}", "attention", choice=choice, seconds=seconds)
@@ -577,13 +577,13 @@ class FlatGradients:
       p.grad = view.view_as(p)
 
   def reduce_and_clip(self, dist, max_norm):
-    """Sums over ranks, limits the norm (0: no limit); 0. If not finite: sets all to zero; 1."""
+    """Sums over ranks, limits the norm (0: no limit). Returns 0; 1 if not finite: all zero."""
     norm = dist.sum_(self.flat).norm()
     self.flat.mul_(((max_norm or inf) / (norm + 1e-6)).clamp(max=1.0)).nan_to_num_(0, 0, 0)
     return 1 - norm.isfinite().float()
 
 def newton_schulz(x, steps):
-  """[n, rows, cols], singular values moved near 1 (0.7 to 1.2 in 5 steps): Muon's iteration (Keller Jordan et al.,
+  """[n, rows, cols], most singular values moved to 0.7 to 1.2 in 5 steps: Muon's iteration (Keller Jordan et al.,
   kellerjordan.github.io/posts/muon)."""
   tall = x.size(-2) > x.size(-1)
   x = x.mT if tall else x  # for a small Gram matrix
@@ -673,7 +673,7 @@ def due(step, every):
   return every and step % every == 0
 
 def state_of(model, opts, *more):
-  """All that a run goes on from, changed in place only; fp64 first, for alignment."""
+  """All that a run goes on from, changed in place only; RNG, then fp64: aligned."""
   slots = [slot for opt in opts for slots in opt.state.values() for slot in slots.values()]
   return [torch.get_rng_state(), *map(torch.as_tensor, more), *model.state_dict().values(), *slots]
 
@@ -822,7 +822,7 @@ def train(run, stream, opts, validate):
       start = dist.now() - elapsed
     factor, momentum = lr_factor(step, elapsed, cfg), muon_momentum(step, elapsed, cfg)
     loss = train_step(run, batch, opts, factor, momentum)
-    batch = list(stream.micro_batches(step + 1, dist))  # on its way while the device works
+    batch = list(stream.micro_batches(step + 1, dist))  # travels while the device works
     step, elapsed = step + 1, elapsed + pace[-1]
     if cfg.swa_enabled and factor < cfg.swa_start_frac and due(step, cfg.swa_every):
       average.add()
@@ -888,7 +888,7 @@ class WeightAverage:
 # and steps, classes, frequencies, states; entropy-coded values.
 ARTIFACT_MAGIC = b"PGOLFGPT\x03"
 STEP_CHOICES = 16  # for a row, 0.85 to 1.15 of the first guess
-FIT_SLACK = 10_000  # bytes that may stay unused
+FIT_SLACK = 10_000  # bytes left unused
 SLOTS = 2**14  # a class's slots go to its bytes by frequency
 
 def tensor_table(cfg):
@@ -1042,7 +1042,7 @@ def pack_artifact(cfg, stored, values):
   header = dumps(dict(config={name: getattr(cfg, name) for name in MODEL_SETTINGS}, tensors=tensor_table(cfg))).encode()
   flat = np.hstack([value.cpu().numpy().ravel() for value in values.values()])
   widths = np.hstack([np.full(*value.shape) for value in values.values()])
-  # Rows with root mean squares within a quarter octave are a class with its frequencies.
+  # Rows with root mean squares within a quarter octave share frequencies: a class.
   power = np.add.reduceat(np.square(flat, dtype="<i4"), np.cumsum(widths) - widths) / widths
   classes = np.clip(np.round(2 * np.log2(power.clip(1e-9))) + 32, 0, 63).astype(np.uint8)
   symbols = np.repeat(classes.astype("<u2") << 8, widths) | flat.view(np.uint8)
@@ -1110,7 +1110,7 @@ def sliding_windows(num_targets, seq_len, stride):
   return np.stack((starts, first, np.minimum(starts + seq_len, num_targets)), 1)
 
 def plan_chunks(num_targets, seq_len, stride, chunk_tokens):
-  """Windows by chunk of their *first* scored target: by the last, what is before the edge would be trained on first."""
+  """Windows by chunk of their first scored target; as S divides L and L divides C, none straddles an edge."""
   windows = sliding_windows(num_targets, seq_len, stride)
   return np.split(windows, np.flatnonzero(np.diff(windows[:, 1] // chunk_tokens)) + 1)
 
@@ -1130,10 +1130,10 @@ class Evaluator:
     self.num_targets = min((cfg.max_val_tokens or len(tokens)) // length * length, self.full_targets)
     tokens = tokens[: self.num_targets + 1]
     self.bytes_before = np.pad(token_bytes.count(tokens).cumsum(), (1, 0))  # [N + 1]
-    # The last windows read past the end.
+    # Last windows read past the end.
     self.tokens = torch.from_numpy(np.pad(tokens, (0, length)).astype(int)).to(self.dist.device)
     self.offsets = torch.arange(length, device=self.dist.device)
-    per_row = length * self.dist.world_size  # fixed, so graphs compile once
+    per_row = length * self.dist.world_size  # fixed: one graph
     self.plain = max(1, min(cfg.val_batch_size // per_row, -(-self.num_targets // per_row))), length
     self.adapt_rows = min(-(-cfg.ttt_chunk_tokens // per_row), cfg.micro_batch_tokens // length)
     self.epochs = cfg.ttt_epochs * cfg.ttt_enabled
@@ -1153,8 +1153,8 @@ class Evaluator:
     count = windows[-1, 2] - begin
     pieces = [(start, first, min(first + stride, end)) for first in range(begin, end, stride)]
     mine = self.dist.mine(np.vstack((pieces, windows[1:])))
-    padded = np.pad(mine, ((0, -len(mine) % rows), (0, 0)))  # windows that score nothing
-    nats = torch.zeros(count + 1, device=self.dist.device)  # last slot: not scored
+    padded = np.pad(mine, ((0, -len(mine) % rows), (0, 0)))  # score nothing
+    nats = torch.zeros(count + 1, device=self.dist.device)  # last: not scored
     for batch in torch.from_numpy(padded).to(self.dist.device).view(-1, rows, 3):
       start, first, end = batch.T[..., None]
       positions = first + self.offsets[:stride]
@@ -1219,7 +1219,7 @@ class Evaluator:
     last_of_split = max(1, (self.full_targets - 1) // size)  # for prefixes too
     sgd = optim.SGD(run.model.parameters(), 0.0, cfg.ttt_momentum, fused=True)
     run.grads.flat.zero_()
-    sgd.step()  # makes its state
+    sgd.step()
     nats, seconds = np.zeros(self.num_targets, np.float32), np.zeros((2, len(chunks)))  # scoring, adapting
     clock = np.array([0.0, 0.0, 0.0, epochs > 0])  # chunks, s, nats, whether adapting
     run.checkpoints.begin(phase, state_of(run.model, [sgd], clock, seconds, nats))
@@ -1293,7 +1293,7 @@ def settle(cfg, dist):
   fitting = max(length, 98_304 if dist.on_gpu else 2048)
   micro = cfg.micro_batch_tokens or max(n for n in range(length, fitting + 1, length) if share % n == 0)
   refuse(share % micro, f"MICRO_BATCH_TOKENS={micro} must divide {share}, one rank's")
-  if not dist.on_gpu and "OMP_NUM_THREADS" not in os.environ:  # fewer where others work: all wait for the last
+  if not dist.on_gpu and "OMP_NUM_THREADS" not in os.environ:  # fewer where others work: all await the last
     work, most = partial(MLP(cfg), torch.ones(2048, cfg.model_dim)), torch.get_num_threads()
     def seconds(threads):
       torch.set_num_threads(threads)
@@ -1318,8 +1318,8 @@ def describe(log, cfg, dist, code, fresh):
       (log.folder / name).unlink(missing_ok=True)
     log(code.decode(), console=False)
   hardware = torch.cuda.get_device_name() if dist.on_gpu else os.uname().machine
-  versions = {m.__name__: m.__version__ for m in (torch, np, spm, zstd)}
-  versions |= dict(python=sys.version.split()[0], cuda=torch.version.cuda)
+  versions = dict(python=sys.version.split()[0], cuda=torch.version.cuda) | {
+    m.__name__: m.__version__ for m in (torch, np, spm, zstd)}
   log(f"world_size:{dist.world_size} device:{hardware} cpu_threads:{torch.get_num_threads()} {versions}",
     "start", world_size=dist.world_size, hardware=hardware, versions=versions, settings=vars(cfg))
   for name, value in vars(cfg).items():
@@ -1334,7 +1334,7 @@ def build_run(cfg, dist, log):
   torch.manual_seed(cfg.seed)
   model = GPT(cfg).to(dist.device)
   nll = compiled(token_nll) if cfg.compile == "1" else token_nll
-  if cfg.compile == "blocks":  # they share a graph: compiles sooner
+  if cfg.compile == "blocks":  # one graph: compiles sooner
     model.embed, model.nll = compiled(model.embed), compiled(model.nll)
     for block in model.blocks:
       block.forward = compiled(block.forward)
@@ -1397,11 +1397,13 @@ def main():
     stored = load_artifact(cfg.artifact, dist)[0]
     cfg = replace(cfg, **{name: getattr(stored, name) for name in MODEL_SETTINGS})
     refuse(cfg.problems())
-  facts = {name.upper(): value for name, value in list(vars(cfg).items())[8:]}
+  facts = {name.upper(): x for name, x in [*vars(cfg).items()][8:]}
   cfg, token_bytes = settle(cfg, dist), TokenBytes(load_tokenizer(cfg))
   val = TokenStream(cfg, "val")
   stream, val_tokens = None if cfg.artifact else TokenStream(cfg, "train"), val.read(0, val.num_tokens)
-  facts |= dict(script=sha256(code).hexdigest()[:16], ranks=dist.world_size, tokens=stream and stream.num_tokens)
+  facts |= dict(ranks=dist.world_size, tokens=stream and stream.num_tokens)
+  for name, data in dict(script=code, val_tokens=val_tokens, token_bytes=token_bytes.base).items():
+    facts[name] = sha256(data).hexdigest()[:16]
   cfg = replace(cfg, run_id=cfg.run_id or dist.from_master(lambda: strftime(f"%Y%m%d_%H%M%S_s{cfg.seed}")))
   report = preflight(cfg, dist, min(cfg.max_val_tokens or inf, len(val_tokens)))
   saver = Checkpoints(cfg, dist, facts)
@@ -1435,11 +1437,11 @@ def main():
     raise
   if dist.world_size > 1:
     comm.destroy_process_group()
-    os._exit(0)  # else 1 run of 30 aborts in gloo's threads
+    os._exit(0)  # else 1 run in 30 aborts in gloo
 
 if __name__ == "__main__":
   try:
     record(main)()
   except (UserError, OSError) as problem:
-    sleep(2 * (os.environ.get("RANK", "0") != "0"))  # rank 0 speaks; torchrun ends the others
+    sleep(2 * (os.environ.get("RANK", "0") != "0"))  # rank 0 speaks; torchrun ends others
     sys.exit(f"error: {problem}")

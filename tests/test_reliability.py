@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+import sentencepiece as spm
 import torch
 from conftest import REPOSITORY, TINY, environment, make_run, run_process, tiny_config
 from test_units import write_shard
@@ -103,7 +104,7 @@ def test_two_checkpoints_stay_and_none_is_written_when_off(run_here):
 def test_elapsed_time_counts_across_parts(dataset, tmp_path):
     """The second part of a run of 3 seconds gets what the first has left."""
     settings = dataset | dict(MAX_WALLCLOCK_SECONDS=3, ITERATIONS=100_000, WARMDOWN_ITERS=3000, TTT_ENABLED=0)
-    stopped = run_with(tmp_path, settings, "step 60 term")
+    stopped = run_with(tmp_path, settings, "step 20 term")
     assert stopped.code == 1, stopped.output
     first = stopped.events("train")[-1]
     resumed = run_with(tmp_path, settings | dict(RESUME="auto"))
@@ -154,6 +155,24 @@ def test_another_number_of_training_tokens_is_refused(stopped_run, dataset, tmp_
     tokens = (shard.stat().st_size - 1024) // 2
     line = refusal(stopped_run, dataset | dict(RESUME="auto", DATA_PATH=more))
     assert f"tokens={tokens} there, {2 * tokens} here" in line
+
+
+def test_other_validation_tokens_or_another_tokenizer_are_refused(stopped_run, dataset, tmp_path):
+    """Half of a score on one text and half on another, or over the other's bytes, would be nobody's score."""
+    other = tmp_path / "other"
+    shutil.copytree(dataset["DATA_PATH"], other)
+    (shard,) = other.glob("fineweb_val_*.bin")
+    data = bytearray(shard.read_bytes())
+    data[-2] ^= 1  # the last token: the same size, an id as large
+    shard.write_bytes(data)
+    line = refusal(stopped_run, dataset | dict(RESUME="auto", DATA_PATH=other))
+    assert re.search(r"val_tokens='\w+' there, '\w+' here", line) and "token_bytes" not in line
+    tokenizer = spm.SentencePieceProcessor(model_file=str(dataset["TOKENIZER_PATH"]))
+    piece = next(p for p in map(tokenizer.id_to_piece, range(400)) if p.startswith("▁") and len(p) > 2)
+    changed = tmp_path / "other.model"  # three bytes that count as text instead of a space that may not
+    changed.write_bytes(tokenizer.serialized_model_proto().replace(piece.encode(), b"xyz" + piece[1:].encode(), 1))
+    line = refusal(stopped_run, dataset | dict(RESUME="auto", TOKENIZER_PATH=changed))
+    assert re.search(r"token_bytes='\w+' there, '\w+' here", line) and "val_tokens" not in line
 
 
 def test_an_unfinished_run_is_not_overwritten(stopped_run, dataset):

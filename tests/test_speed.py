@@ -408,7 +408,8 @@ class TestGPU:
                 torch.cuda.set_sync_debug_mode("default")
 
     def test_attention_is_chosen_from_what_works_and_agrees(self, dataset, tmp_path):
-        config = tiny_config(dataset, device="cuda", compute_dtype="bfloat16", train_seq_len=1024, model_dim=256)
+        config = tiny_config(dataset, device="cuda", compute_dtype="bfloat16", train_seq_len=1024, model_dim=256,
+                             micro_batch_tokens=8192)
         log = train_gpt.Log(tmp_path)
         choice = train_gpt.choose_attention(config, train_gpt.Dist("cuda"), log)
         lines = (tmp_path / "train.log").read_text()
