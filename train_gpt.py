@@ -57,7 +57,7 @@ class Config:
   checkpoint_every_seconds = 90.0
   checkpoint_every_steps = 0
   preflight_only = False
-  seed = 1337  # from here on fixed for RESUME: [8:] in main
+  seed = 1337  # fixed for RESUME from here: main's [8:]
   # Model
   vocab_size = 1024
   num_layers = 11
@@ -413,7 +413,7 @@ class Attention(nn.Module):
     self.q_gain = nn.Parameter(torch.full((cfg.num_heads, 1), cfg.qk_gain_init))
     self.back_end = BACK_ENDS.get(cfg.attention, attend_by_products)
   def forward(self, x, rope, mask, at, scale):
-    if at is None:  # one read
+    if at is None:  # reads x once
       rope_q, weights = rope, (self.c_q.weight, self.c_k.weight, self.c_v.weight)
       qkv = F.linear(x, torch.cat(weights).to(x.dtype)).split([len(w) for w in weights], -1)
     else:
@@ -1219,7 +1219,7 @@ class Evaluator:
     last_of_split = max(1, (self.full_targets - 1) // size)  # for prefixes too
     sgd = optim.SGD(run.model.parameters(), 0.0, cfg.ttt_momentum, fused=True)
     run.grads.flat.zero_()
-    sgd.step()
+    sgd.step()  # makes its state
     nats, seconds = np.zeros(self.num_targets, np.float32), np.zeros((2, len(chunks)))  # scoring, adapting
     clock = np.array([0.0, 0.0, 0.0, epochs > 0])  # chunks, s, nats, whether adapting
     run.checkpoints.begin(phase, state_of(run.model, [sgd], clock, seconds, nats))
@@ -1262,7 +1262,7 @@ class Evaluator:
 # ---- Main
 
 def preflight(cfg, dist, targets):
-  """What sizes alone say about seconds and bytes; refuses what cannot work."""
+  """What sizes say of seconds and bytes; refuses what cannot work."""
   table = [(prod(shape), bits) for _, shape, bits in tensor_table(cfg)]
   size, limit, most = sum(n for n, _ in table), cfg.max_wallclock_seconds, cfg.eval_max_seconds
   best = dist.world_size * (3e15 if dist.on_gpu else 1e12 * torch.get_num_threads())
@@ -1361,7 +1361,7 @@ def train_and_store(run, stream, opts, scorer, code):
     "artifact", artifact_bytes=len(data), code_bytes=len(code), seconds=monotonic() - start)
 
 def evaluate_artifact(run, path, scorer):
-  """The submitted pass, then perhaps the plain one."""
+  """The submitted pass, perhaps the plain one."""
   cfg, log = run.config, run.log
   for label in ("final_ttt_exact", "final_quantized_exact")[: 1 + cfg.eval_plain]:
     submitted = "ttt" in label
@@ -1402,8 +1402,8 @@ def main():
   val = TokenStream(cfg, "val")
   stream, val_tokens = None if cfg.artifact else TokenStream(cfg, "train"), val.read(0, val.num_tokens)
   facts |= dict(ranks=dist.world_size, tokens=stream and stream.num_tokens)
-  for name, data in dict(script=code, val_tokens=val_tokens, token_bytes=token_bytes.base).items():
-    facts[name] = sha256(data).hexdigest()[:16]
+  for name, x in dict(script=code, val_tokens=val_tokens, token_bytes=token_bytes.base).items():
+    facts[name] = sha256(x).hexdigest()[:16]
   cfg = replace(cfg, run_id=cfg.run_id or dist.from_master(lambda: strftime(f"%Y%m%d_%H%M%S_s{cfg.seed}")))
   report = preflight(cfg, dist, min(cfg.max_val_tokens or inf, len(val_tokens)))
   saver = Checkpoints(cfg, dist, facts)
